@@ -1,0 +1,152 @@
+"""``params.yaml``, read and checked: an unknown key, a wrong type or a name that does not exist is one clear line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from genus.errors import UserError, nearest
+
+Scalar = str | int | float | bool
+
+
+class Section(BaseModel):
+    """A section of params.yaml: refuses keys and types that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Dataset(Section):
+    """Where a data set comes from and what must hold of it."""
+
+    source: str  # a file of genus/data/sources
+    options: dict[str, Any] = {}  # keyword arguments of that source
+    validation: float = Field(0.1, gt=0, lt=1)  # share of train carved out for validation
+    max_broken: float = Field(0.01, ge=0, le=1)  # share of unreadable examples that is still accepted
+    checks: dict[str, Scalar] = {}  # arguments of the validation suite
+
+
+class Train(Section):
+    """How a model is trained. ``steps`` is multiplied by the global ``budget``."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float | dict[str, float] = 1e-3  # one for all groups, or one a group
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.02, ge=0, le=1)  # share of the steps with a rising learning rate
+    final_lr: float = Field(0.02, ge=0, le=1)  # the cosine's end, as a share of the learning rate
+    clip: float = Field(0.0, ge=0)  # largest gradient norm of a group; 0: no clipping
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights, which are the ones kept; 0: none
+    flip: bool = False  # mirror images left to right at random
+
+
+class Evaluate(Section):
+    """What the evaluator may spend on a model."""
+
+    samples: int = Field(10_000, ge=2)  # drawn for the sample metrics; a slow sampler takes fewer
+    likelihoods: int = Field(10_000, ge=2)  # test examples scored
+    batch_size: int = Field(100, gt=0)
+    knobs: dict[str, Scalar] = {}  # keyword arguments of the family's sample()
+
+
+class Model(Section):
+    """One model: a family, its parameters and the data it learns. Its name is its registry name."""
+
+    family: str  # a file of genus/families, as folder/file
+    dataset: str
+    collection: str  # the named collection it is part of; `all` is every model
+    params: dict[str, Any] = {}  # keyword arguments of the family
+    train: Train
+    evaluate: Evaluate = Evaluate()
+
+
+class Judge(Section):
+    """The classifier whose features the sample metrics use."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+
+class Collection(Section):
+    """A named set of models with a scorecard of its own."""
+
+    about: str
+    records: str  # the folder of records that its scorecard reads
+    report: str  # the scorecard's file name under reports/, without extension
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: int = Field(0, ge=0)
+    budget: float = Field(1, gt=0)
+    threads: int = Field(1, gt=0)
+    device: Literal["auto", "cpu", "cuda"] | str = "auto"
+    judge: Judge
+    collections: dict[str, Collection]
+    datasets: dict[str, Dataset]
+    models: dict[str, Model]
+
+    def model(self, name: str) -> Model:
+        if name not in self.models:
+            raise UserError(f"unknown model '{name}': {nearest(name, self.models)}")
+        return self.models[name]
+
+    def dataset(self, name: str) -> Dataset:
+        if name not in self.datasets:
+            raise UserError(f"unknown data set '{name}': {nearest(name, self.datasets)}")
+        return self.datasets[name]
+
+    def collection(self, name: str) -> list[str]:
+        """Names of the models in a collection; ``all`` is every model."""
+        if name not in self.collections:
+            raise UserError(f"unknown collection '{name}': {nearest(name, self.collections)}")
+        return [key for key, model in self.models.items() if name in ("all", model.collection)]
+
+
+def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
+    """Reads and checks params.yaml. Raises UserError naming the key and what would be right."""
+    from ruamel.yaml import YAML, YAMLError
+
+    path = Path(path)
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run genus in the project's folder") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        where = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, raw)}") from error
+    for name, model in params.models.items():
+        if model.dataset not in params.datasets:
+            raise UserError(f"{path}: models.{name}.dataset: {model.dataset}: {nearest(model.dataset, params.datasets)}")
+        if not name.startswith(f"{model.dataset}-"):
+            raise UserError(f"{path}: models.{name}: a model's name must start with its data set: {model.dataset}-…")
+        if model.collection not in params.collections:
+            hint = nearest(model.collection, params.collections)
+            raise UserError(f"{path}: models.{name}.collection: {model.collection}: {hint}")
+    return params
+
+
+def _explain(error: ValidationError, raw: Any) -> str:
+    """The first thing wrong, as `key.path: what is wrong`."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section: Any = Params
+        for part in location[:-1]:  # follow the location through the sections to know which keys would be right
+            if isinstance(section, type) and issubclass(section, Section):
+                section = section.model_fields[part].annotation
+            else:
+                section = section.__args__[1]
+        return f"{where}: unknown key: {nearest(location[-1], section.model_fields)}"
+    return f"{where}: {first['msg']}" + (f", not {first['input']!r}" if first["type"] != "missing" else "")

@@ -1,0 +1,129 @@
+"""What a family of generative models is to the rest of Genus.
+
+A family is an ``nn.Module`` that says what to minimise. What else it can do, it says by *having* the method:
+the capabilities below are protocols, never base methods, so nobody raises NotImplementedError from ``sample``.
+One trainer, one evaluator and one packager serve every family through this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+from torch import Generator, Tensor, nn
+
+from genus import families
+from genus.data.spec import DataSpec
+from genus.errors import UserError, nearest
+
+Terms = dict[str, Tensor]  # scalars: "loss" is differentiated, all are logged
+
+
+class Batch(NamedTuple):
+    """Some examples. ``x``: [B, *shape] floats in the units of DataSpec, or int64 tokens [B, T]."""
+
+    x: Tensor
+    cond: Tensor | None = None  # label [B], source image, or the other unpaired domain
+
+
+class Family(nn.Module):
+    """Base of every model: ``Model(spec, **params)``. Holds no device, logging, file or hook code.
+
+    All randomness comes from the generator that each method is given.
+    """
+
+    paper: ClassVar[str] = ""  # "Author & Author year, arXiv number"
+
+    def __init__(self, spec: DataSpec):
+        super().__init__()
+        self.spec = spec
+
+    def loss(self, batch: Batch, *, generator: Generator) -> Terms:
+        """Batch mean, nats per example unless the class says otherwise."""
+        raise TypeError(f"{type(self).__module__} defines neither loss nor updates")
+
+    def updates(self, batch: Batch, *, generator: Generator) -> Iterable[tuple[str, Terms]]:
+        """The paper's algorithm box: each yield asks for one optimiser step of one parameter group.
+
+        What stands after a ``yield`` runs after that step.
+        """
+        yield "model", self.loss(batch, generator=generator)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by group, each with its own optimiser. Every parameter is in exactly one group."""
+        return {"model": list(self.parameters())}
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Can draw new examples."""
+
+    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, **knobs: Any) -> Tensor:
+        """[n, *shape] in the units of DataSpec."""
+        ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """Can say how probable an example is. ``density`` is the figure's kind: exact, dequantised, elbo, ode …"""
+
+    density: str
+
+    def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
+        """[B] nats of the data as stored: for 8-bit images the log-probability of those bytes."""
+        ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Has a code for every example."""
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, code: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Initialises(Protocol):
+    """Sets itself up from a first batch (actnorm): the trainer calls it once, before the first step."""
+
+    def initialise(self, batch: Batch, *, generator: Generator) -> None: ...
+
+
+CAPABILITIES: dict[str, type] = {"samples": Samples, "scores": Scores, "encodes": Encodes}
+
+
+def family_names() -> list[str]:
+    """Every family there is, as ``params.yaml`` names them: ``flows/glow``."""
+    found = pkgutil.walk_packages(families.__path__)
+    folders = [module.name for module in found if module.ispkg]
+    return sorted(
+        f"{folder}/{module.name}"
+        for folder in folders
+        for module in pkgutil.iter_modules([f"{families.__path__[0]}/{folder}"])
+        if not module.name.startswith("_")
+    )
+
+
+def family_class(family: str) -> type[Family]:
+    """The class behind a family's name. Raises UserError with the nearest name where there is none."""
+    if family not in family_names():
+        raise UserError(f"unknown family '{family}': {nearest(family, family_names())}")
+    return importlib.import_module(f"genus.families.{family.replace('/', '.')}").Model
+
+
+def check_params(family: str, params: dict[str, Any]) -> None:
+    """Raises UserError, naming the nearest right one, for a parameter that the family does not have."""
+    known = set(inspect.signature(family_class(family).__init__).parameters) - {"self", "spec"}
+    for name in params:
+        if name not in known:
+            raise UserError(f"family '{family}' has no parameter '{name}': {nearest(name, known)}")
+
+
+def build(family: str, spec: DataSpec, params: dict[str, Any]) -> Family:
+    """A new model, weights drawn from torch's global generator (seed it first)."""
+    check_params(family, params)
+    return family_class(family)(spec, **params)

@@ -1,0 +1,17 @@
+"""The one exception that means "the user can mend this": printed as one line, exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the file, key or value and says what would be right."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt ``name``: the nearest known name, or all of them when none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"

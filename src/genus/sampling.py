@@ -1,0 +1,27 @@
+"""Drawing from any family that can sample: in chunks, from one seed, as stored values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from genus import progress
+from genus.contract import Family, Samples
+from genus.training import autocast
+
+
+@torch.inference_mode()
+def draw(model: Family, n: int, *, seed: int, device: torch.device, batch_size: int = 100, **knobs: Any) -> np.ndarray:
+    """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed, same bytes."""
+    if not isinstance(model, Samples):
+        raise TypeError(f"{type(model).__module__} cannot sample")
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = []
+    for start in range(0, n, batch_size):
+        with autocast(device):
+            x = model.sample(min(batch_size, n - start), generator=generator, **knobs)
+        parts.append(model.spec.to_stored(x.float()).cpu().numpy())
+        progress.report(min(start + batch_size, n), n, unit="sample")
+    return np.concatenate(parts)

@@ -1,0 +1,309 @@
+"""The one trainer: optimisers, EMA, precision, devices, checkpoints, resume. Knows no family and no tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genus.config import Train
+from genus.contract import Batch, Family, Initialises
+from genus.errors import UserError
+from genus.files import replacing
+
+Row = dict[str, float]  # one line of the history: step, learning rate, gradient norms and the mean of each term
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is no longer a number: training stops and says at which step and in which term."""
+
+
+@dataclass
+class Result:
+    """What a training leaves: the model with its final (averaged, where asked for) weights and how it got there."""
+
+    model: Family
+    history: list[Row]
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is cuda where there is one, else cpu. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: unknown device '{name}'; right would be auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: '{name}' is asked for, but no CUDA device is there; use auto or cpu")
+    return device
+
+
+def set_up(threads: int, seed: int) -> None:
+    """Fixes what a result may depend on: threads, seeds, kernels. Once a process, before the model is built."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    # Else every new tensor is first filled with NaN, a debugging aid that costs a third of the speed.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Denormals slow a CPU down by an order of magnitude where activations die out.
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks instead of asking the kernel for zeroed pages each step: about 10% of the time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: merely slower
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """bf16 where it is fast and safe (cuda), float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def train(
+    model: Family,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: Train,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    log_every: int = 25,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 20.0,
+    on_log: Callable[[Row, dict[str, float]], None] | None = None,
+    on_samples: Callable[[Family, int], None] | None = None,
+    samples_at: frozenset[int] = frozenset(),
+) -> Result:
+    """Trains ``model`` on stored examples [N, ...] for ``steps`` batches.
+
+    Every draw comes from generators seeded by ``seed``, so the same call gives the same bytes, interrupted or not:
+    where ``checkpoint`` exists, training goes on from it. ``on_log(row, speed)`` is called every ``log_every`` steps,
+    ``on_samples(model, step)`` with the averaged model after the steps in ``samples_at``.
+
+    Raises NonFiniteLoss, naming step and term.
+    """
+    model.to(device)
+    data = _Data(model, images, labels, config, seed, device)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    if isinstance(model, Initialises):
+        with torch.no_grad():
+            model.initialise(data.batch(0), generator=generator)
+    model.train()
+    average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    groups = {name: [p for p in parameters if p.requires_grad] for name, parameters in model.groups().items()}
+    optimisers = {name: _optimiser(name, parameters, config) for name, parameters in groups.items()}
+    state = _State(model, average, optimisers, generator)
+    step, history = state.load(checkpoint) if checkpoint else (0, [])
+
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    first, started, saved, apart = step, time.monotonic(), time.monotonic(), 0.0
+    window: list[dict[str, Tensor]] = []  # terms stay on the device: one synchronisation a window, not a step
+    while step < steps:
+        rates = {name: rate * _schedule(step, steps, config) for name, rate in _rates(groups, config).items()}
+        batch = data.batch(step)
+        seen: dict[str, Tensor] = {}
+        updates = iter(model.updates(batch, generator=generator))
+        while True:
+            with autocast(device):  # the generator's body runs here: the loss, and what stands after its yield
+                group, terms = next(updates, (None, None))
+            if group is None or terms is None:
+                break
+            optimiser, parameters = optimisers[group], groups[group]
+            optimiser.zero_grad(set_to_none=True)
+            terms["loss"].backward(inputs=parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+            for slot in optimiser.param_groups:
+                slot["lr"] = rates[group]
+            optimiser.step()
+            label = "" if group == "model" else f"{group}_"
+            seen |= {f"{label}{name}": value.detach() for name, value in terms.items()}
+            seen[f"{label}grad_norm"] = norm.detach()
+        step += 1
+        window.append(seen)
+        if average is not None:
+            _average(average, model, min(config.ema, (1 + step) / (10 + step)))
+        if step % log_every == 0 or step == steps:
+            row = {"step": float(step), "learning_rate": max(rates.values())} | _means(window, step)
+            window = []
+            history.append(row)
+            elapsed = time.monotonic() - started - apart
+            speed = {"images_per_s": (step - first) * config.batch_size / elapsed, "seconds_left": 0.0}
+            speed["seconds_left"] = elapsed / (step - first) * (steps - step)
+            if on_log:
+                on_log(row, speed)
+            # Only here, where the window is empty: a checkpoint needs no half-filled means.
+            if checkpoint and step < steps and time.monotonic() - saved > checkpoint_every:
+                state.save(checkpoint, step, history)
+                saved = time.monotonic()
+        if on_samples and step in samples_at:
+            pause = time.monotonic()
+            shown = (average or model).eval()
+            with torch.no_grad():
+                on_samples(shown, step)
+            model.train()
+            apart += time.monotonic() - pause
+
+    seconds = time.monotonic() - started - apart
+    timing = {
+        "train_seconds": seconds,
+        "train_steps": float(steps - first),
+        "train_images_per_s": (steps - first) * config.batch_size / seconds if steps > first else 0.0,
+        "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else peak_memory_mb(),
+    }
+    return Result((average or model).eval(), history, timing)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class _Data:
+    """Batches by step, with no state: step k of seed s is the same examples in every process.
+
+    The examples are in memory, on the device where they fit, and a batch is one gather.
+    """
+
+    def __init__(self, model: Family, images: np.ndarray, labels: np.ndarray, config: Train, seed: int, device: torch.device):
+        if not len(images):
+            raise UserError("the training split is empty")
+        self.spec, self.seed, self.flip, self.device = model.spec, seed, config.flip, device
+        self.batch_size = min(config.batch_size, len(images))
+        self.images, self.labels = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels))
+        if device.type == "cuda" and self.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Batch:
+        a_epoch = len(self.images) // self.batch_size
+        epoch, position = divmod(step, a_epoch)
+        if epoch != self.epoch:
+            order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.order = torch.randperm(len(self.images), generator=order).to(self.images.device)
+            self.epoch = epoch
+        chosen = self.order[position * self.batch_size : (position + 1) * self.batch_size]
+        stored = self.images[chosen].to(self.device, non_blocking=True)
+        if self.flip:
+            coin = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 100_003 + position)
+            mirrored = torch.rand(len(stored), generator=coin).lt(0.5).to(self.device)
+            stored = torch.where(mirrored.view(-1, 1, 1, 1), stored.flip(-1), stored)
+        return Batch(self.spec.to_float(stored), self.labels[chosen].to(self.device, non_blocking=True))
+
+
+def _rates(groups: dict[str, Any], config: Train) -> dict[str, float]:
+    if isinstance(config.learning_rate, dict):
+        if set(config.learning_rate) != set(groups):
+            wanted, given = ", ".join(sorted(groups)), ", ".join(sorted(config.learning_rate))
+            raise UserError(f"train.learning_rate: has {given}; the model's parameter groups are {wanted}")
+        return dict(config.learning_rate)
+    return dict.fromkeys(groups, config.learning_rate)
+
+
+def _optimiser(name: str, parameters: list[torch.nn.Parameter], config: Train) -> torch.optim.Optimizer:
+    # Fused: one kernel for all tensors, several times faster than the loop for small models on a CPU too.
+    return torch.optim.AdamW(parameters, lr=1.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def _schedule(step: int, steps: int, config: Train) -> float:
+    """Linear warm-up, then a cosine down to ``final_lr``: the share of the learning rate at this step."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def _average(average: Family, model: Family, decay: float) -> None:
+    averaged, current = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for kept, new in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(new)
+
+
+def _means(window: list[dict[str, Tensor]], step: int) -> Row:
+    """Mean of every term over the window. Raises NonFiniteLoss at the first one that is not a number."""
+    row: Row = {}
+    for name in dict.fromkeys(name for seen in window for name in seen):
+        steps = [k for k, seen in enumerate(window) if name in seen]
+        values = torch.stack([window[k][name].float() for k in steps]).cpu()
+        if not values.isfinite().all():
+            bad = steps[int((~values.isfinite()).nonzero()[0])]
+            raise NonFiniteLoss(f"step {step - len(window) + bad + 1}: {name} is {values[steps.index(bad)].item()}")
+        row[name] = values.double().mean().item()
+    return row
+
+
+class _State:
+    """Everything a resumed training needs, as one safetensors file (no pickle): written aside and renamed."""
+
+    def __init__(
+        self,
+        model: Family,
+        average: Family | None,
+        optimisers: dict[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+    ):
+        self.model, self.average, self.optimisers, self.generator = model, average, optimisers, generator
+
+    def save(self, path: Path, step: int, history: list[Row]) -> None:
+        tensors = dict(self._tensors()) | {"generator": self.generator.get_state()}
+        for name, optimiser in self.optimisers.items():
+            for index, values in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{name}.{index}.{key}": value for key, value in values.items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"step": str(step), "history": json.dumps(history)})
+
+    def load(self, path: Path) -> tuple[int, list[Row]]:
+        if not path.exists():
+            return 0, []
+        with safe_open(path, "pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata()
+        for name, tensor in self._tensors():
+            tensor.data.copy_(stored[name])
+        self.generator.set_state(stored["generator"])
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            prefix = f"optimiser.{name}."
+            for key, value in stored.items():
+                if key.startswith(prefix):
+                    index, slot = key.removeprefix(prefix).split(".", 1)
+                    state.setdefault(int(index), {})[slot] = value
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+        return int(metadata["step"]), json.loads(metadata["history"])
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for label, module in (("model", self.model), ("average", self.average)):
+            if module is not None:
+                for name, tensor in module.state_dict(keep_vars=True).items():
+                    yield f"{label}.{name}", tensor
