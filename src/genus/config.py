@@ -19,6 +19,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Judge(Section):
+    """The classifier whose features the sample metrics use."""
+
+    steps: int = Field(1800, gt=0)
+    batch_size: int = Field(64, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
+
+
 class Dataset(Section):
     """Where a data set comes from and what must hold of it."""
 
@@ -27,6 +35,7 @@ class Dataset(Section):
     validation: float = Field(0.1, gt=0, lt=1)  # share of train carved out for validation
     max_broken: float = Field(0.01, ge=0, le=1)  # share of unreadable examples that is still accepted
     checks: dict[str, Scalar] = {}  # arguments of the validation suite
+    judge: Judge = Judge()
 
 
 class Train(Section):
@@ -64,14 +73,6 @@ class Model(Section):
     evaluate: Evaluate = Evaluate()
 
 
-class Judge(Section):
-    """The classifier whose features the sample metrics use."""
-
-    steps: int = Field(gt=0)
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-
-
 class Collection(Section):
     """A named set of models with a scorecard of its own."""
 
@@ -87,7 +88,6 @@ class Params(Section):
     budget: float = Field(1, gt=0)
     threads: int = Field(1, gt=0)
     device: Literal["auto", "cpu", "cuda"] | str = "auto"
-    judge: Judge
     collections: dict[str, Collection]
     datasets: dict[str, Dataset]
     models: dict[str, Model]
@@ -127,7 +127,8 @@ def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
         raise UserError(f"{path}: {_explain(error, raw)}") from error
     for name, model in params.models.items():
         if model.dataset not in params.datasets:
-            raise UserError(f"{path}: models.{name}.dataset: {model.dataset}: {nearest(model.dataset, params.datasets)}")
+            hint = nearest(model.dataset, params.datasets)
+            raise UserError(f"{path}: models.{name}.dataset: {model.dataset}: {hint}")
         if not name.startswith(f"{model.dataset}-"):
             raise UserError(f"{path}: models.{name}: a model's name must start with its data set: {model.dataset}-…")
         if model.collection not in params.collections:

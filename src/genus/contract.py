@@ -127,3 +127,8 @@ def build(family: str, spec: DataSpec, params: dict[str, Any]) -> Family:
     """A new model, weights drawn from torch's global generator (seed it first)."""
     check_params(family, params)
     return family_class(family)(spec, **params)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers that training may change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -13,8 +13,13 @@ from genus.training import autocast
 
 
 @torch.inference_mode()
-def draw(model: Family, n: int, *, seed: int, device: torch.device, batch_size: int = 100, **knobs: Any) -> np.ndarray:
-    """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed, same bytes."""
+def draw(
+    model: Family, n: int, *, seed: int, device: torch.device, batch_size: int = 100, quiet: bool = False, **knobs: Any
+) -> np.ndarray:
+    """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed and batch size, same bytes.
+
+    ``knobs`` are keyword arguments of the family's ``sample``; ``quiet`` reports no progress.
+    """
     if not isinstance(model, Samples):
         raise TypeError(f"{type(model).__module__} cannot sample")
     generator = torch.Generator(device).manual_seed(seed)
@@ -23,5 +28,6 @@ def draw(model: Family, n: int, *, seed: int, device: torch.device, batch_size: 
         with autocast(device):
             x = model.sample(min(batch_size, n - start), generator=generator, **knobs)
         parts.append(model.spec.to_stored(x.float()).cpu().numpy())
-        progress.report(min(start + batch_size, n), n, unit="sample")
+        if not quiet:
+            progress.report(min(start + batch_size, n), n, unit="sample")
     return np.concatenate(parts)

@@ -192,7 +192,9 @@ class _Data:
     The examples are in memory, on the device where they fit, and a batch is one gather.
     """
 
-    def __init__(self, model: Family, images: np.ndarray, labels: np.ndarray, config: Train, seed: int, device: torch.device):
+    def __init__(
+        self, model: Family, images: np.ndarray, labels: np.ndarray, config: Train, seed: int, device: torch.device
+    ):
         if not len(images):
             raise UserError("the training split is empty")
         self.spec, self.seed, self.flip, self.device = model.spec, seed, config.flip, device

@@ -1,0 +1,128 @@
+"""Stage train: one model, from processed data to models/<model>/."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genus import config
+from genus.files import replacing, sha256, write_json
+
+CHECKPOINTS = Path(".genus/checkpoints")  # outside DVC's outs, which it deletes before a stage runs again
+GRIDS = 5  # grids of samples during a training, for the slider in MLflow
+
+
+def run(name: str) -> None:
+    """Trains ``name`` and writes weights.safetensors, model.json, history.csv, samples.png and its timing."""
+    params = config.load()
+    chosen = params.model(name)
+
+    from safetensors.torch import save_file
+
+    from genus import progress, tracking
+    from genus.contract import Family, Samples, build, parameter_count
+    from genus.data.loaders import open_dataset
+    from genus.pictures import grid
+    from genus.sampling import draw
+    from genus.training import pick_device, set_up, train
+
+    device = pick_device(params.device)
+    set_up(params.threads, params.seed)
+    data = open_dataset(chosen.dataset)
+    model = build(chosen.family, data.spec, chosen.params)
+    steps = max(1, round(chosen.train.steps * params.budget))
+    about: dict[str, Any] = {
+        "name": name,
+        "family": chosen.family,
+        "dataset": chosen.dataset,
+        "spec": data.spec.to_json(),
+        "params": chosen.params,
+        "paper": model.paper,
+        "parameters": parameter_count(model),
+        "steps": steps,
+        "seed": params.seed,
+        "budget": params.budget,
+        "train": chosen.train.model_dump(mode="json"),
+        "data_sha256": data.description["sha256"],
+    }
+    key = _key(about | {"threads": params.threads, "device": device.type})
+    checkpoint = CHECKPOINTS / name / f"{key}.safetensors"
+
+    with tracking.training_run(
+        dataset=chosen.dataset,
+        model=name,
+        params={k: about[k] for k in ("family", "params", "train", "steps", "seed", "budget", "parameters")}
+        | {"threads": params.threads, "device": device.type},
+        tags={"genus.key": key, "genus.paper": model.paper},
+        description=data.description,
+    ) as run:
+
+        def on_log(row: dict[str, float], speed: dict[str, float]) -> None:
+            run.log(row | {"images_per_s": speed["images_per_s"]})
+            progress.report(int(row["step"]), steps, loss=_headline(row), **speed)
+
+        def on_samples(model: Family, step: int) -> None:
+            run.image(grid(draw(model, 16, seed=params.seed, device=device, quiet=True, **chosen.evaluate.knobs)), step)
+
+        result = train(
+            model,
+            data.split("train"),
+            data.labels("train"),
+            chosen.train,
+            steps=steps,
+            seed=params.seed,
+            device=device,
+            checkpoint=checkpoint,
+            on_log=on_log,
+            on_samples=on_samples if isinstance(model, Samples) else None,
+            samples_at=frozenset(round(steps * k / GRIDS) for k in range(1, GRIDS)),
+        )
+        result.model.cpu()
+        folder = Path("models") / name
+        with replacing(folder / "weights.safetensors") as temporary:
+            save_file({key: value.contiguous() for key, value in result.model.state_dict().items()}, temporary)
+        write_json(folder / "model.json", about)
+        _write_history(folder / "history.csv", result.history)
+        result.model.to(device)
+        if isinstance(result.model, Samples):
+            picture = grid(draw(result.model, 64, seed=params.seed, device=device, **chosen.evaluate.knobs))
+            run.image(picture, steps)
+            _write_picture(folder / "samples.png", picture)
+        write_json(Path("reports/timing/train") / f"{name}.json", result.timing)
+        run.tag(**{"genus.sha256": sha256(folder / "weights.safetensors")})
+        run.artifact(folder / "samples.png")
+    checkpoint.unlink(missing_ok=True)
+
+
+def _headline(row: dict[str, float]) -> float:
+    """The figure for the one live line: the loss, or the first group's where each group has its own."""
+    return row.get("loss", next((value for name, value in row.items() if name.endswith("loss")), float("nan")))
+
+
+def _key(about: dict[str, Any]) -> str:
+    """What a checkpoint belongs to: configuration, data and the package's code."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    family = package / "families" / f"{about['family']}.py"
+    for path in [package / "training.py", package / "contract.py", family, *sorted((package / "nn").glob("*.py"))]:
+        code.update(path.read_bytes())
+    return hashlib.sha256((json.dumps(about, sort_keys=True) + code.hexdigest()).encode()).hexdigest()[:16]
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    import pandas
+
+    with replacing(path) as temporary:
+        frame = pandas.DataFrame(history).astype({"step": int})
+        frame.to_csv(temporary, index=False, float_format="%.8g", lineterminator="\n")
+
+
+def _write_picture(path: Path, pixels: np.ndarray) -> None:
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
