@@ -147,16 +147,10 @@ class Run:
 
     def tag(self, **tags: object) -> None:
         """Sets tags of the run."""
-        for name, value in tags.items():
-            self._do(lambda client, run_id, name=name, value=value: client.set_tag(run_id, name, value))
+        from mlflow.entities import RunTag
 
-    def metrics(self, values: dict[str, float]) -> None:
-        """Logs figures that have no step."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        batch = [Metric(name, value, now, 0) for name, value in values.items()]
-        self._do(lambda client, run_id: client.log_batch(run_id, metrics=batch))
+        batch = [RunTag(name, str(value)) for name, value in tags.items()]
+        self._do(lambda client, run_id: client.log_batch(run_id, tags=batch))
 
     def artifact(self, path: str | os.PathLike[str]) -> None:
         """Copies a file to the run."""
@@ -275,6 +269,19 @@ def find_run(client: MlflowClient, dataset: str, filter_string: str) -> StoredRu
         return None
     found = client.search_runs([experiment.experiment_id], filter_string, max_results=1, order_by=["start_time DESC"])
     return found[0] if found else None
+
+
+def add(client: MlflowClient, run: StoredRun, metrics: dict[str, float], tags: dict[str, str]) -> None:
+    """Puts figures without a step, and tags, on a run that is there. Raises what MLflow raises."""
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    if metrics or tags:
+        client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, value, now, 0) for name, value in metrics.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
 
 
 def _begin(

@@ -1,0 +1,120 @@
+"""Stage register: makes tracking store and registry say what the files of a collection say."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genus import config
+from genus.errors import UserError
+from genus.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from genus.registry import Figures
+    from genus.tracking import MlflowClient, StoredRun
+
+
+def run(collection: str) -> None:
+    """Registers every model of ``collection`` whose content is new and writes reports/registered/<collection>.json.
+
+    A reconciliation: a second run changes nothing, and an empty store is filled again from the files. Raises
+    UserError where a file is missing or the store cannot be reached.
+    """
+    params = config.load()
+    models = params.collection(collection)
+
+    from genus import progress, tracking
+    from genus.registry import Figures, register
+
+    client = tracking.client()
+    Path(".genus").mkdir(exist_ok=True)
+    table: dict[str, Any] = {}
+    try:
+        # One at a time: two collections may hold the same model, and each would register it.
+        with open(".genus/register.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for done, name in enumerate(models):
+                folder = Path("models") / name
+                about = read_json(folder / "model.json")
+                metrics = read_json(f"reports/metrics/{name}.json")
+                figures = Figures.of(metrics, about["data_sha256"])
+                found = _run(client, folder, about)
+                _evaluation(client, found, metrics, read_json(f"reports/timing/{name}.json"))
+                register(client, folder, found, figures, params.model(name).evaluate.knobs)
+                table[name] = _row(tracking.fingerprint(folder), figures)
+                progress.report(done + 1, len(models), unit="model")
+    except tracking.problems() as error:
+        why = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register {collection}` tries again"
+        ) from error
+    write_json(f"reports/registered/{collection}.json", table)
+
+
+def _row(content: str, figures: Figures | None) -> dict[str, Any]:
+    """A model's line of the report: nothing that depends on the store, so equal files give an equal report."""
+    if figures is None:
+        return {"sha256": content}
+    return {"sha256": content, "metric": figures.metric, "value": figures.value}
+
+
+def _run(client: MlflowClient, folder: Path, about: dict[str, Any]) -> StoredRun:
+    """The run that made these files, or one made from them where the store has none."""
+    from genus import tracking
+
+    same = f"tags.`genus.sha256` = '{tracking.fingerprint(folder)}' and attributes.run_name = '{about['name']}'"
+    found = tracking.find_run(client, about["dataset"], same)
+    if found is None:
+        _fill(folder, about)
+        found = tracking.find_run(client, about["dataset"], same)
+        if found is None:
+            raise RuntimeError(f"{folder}: the run that was just made is not in the store")
+    return found
+
+
+def _fill(folder: Path, about: dict[str, Any]) -> None:
+    """A run from history.csv, samples.png and model.json."""
+    import numpy as np
+    import pandas as pd
+    from PIL import Image
+
+    from genus import tracking
+
+    described = Path("data/processed") / about["dataset"] / "dataset.json"
+    description = read_json(described) if described.exists() else {"spec": about["spec"]}
+    params = {key: about[key] for key in ("family", "params", "train", "steps", "seed", "budget", "parameters")}
+    with tracking.filled_run(
+        dataset=about["dataset"],
+        model=about["name"],
+        params=params,
+        tags={"genus.paper": about["paper"]},
+        description=description | {"sha256": about["data_sha256"]},
+    ) as run:
+        for row in pd.read_csv(folder / "history.csv").to_dict("records"):
+            run.log({str(name): value for name, value in row.items() if not pd.isna(value)})
+        if (folder / "samples.png").exists():
+            with Image.open(folder / "samples.png") as picture:
+                run.image(np.asarray(picture), about["steps"])
+        run.finished(folder)
+
+
+def _evaluation(client: MlflowClient, run: StoredRun, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+    """Puts the evaluator's figures on the run, where they are not there yet."""
+    from genus import tracking
+
+    figures = {f"timing/{name}": float(value) for name, value in timing.items() if _is_number(value)}
+    tags = {}
+    for name, found in metrics.items():
+        for part, value in found.items() if isinstance(found, dict) else {"value": found}.items():
+            label = f"test/{name}" if part == "value" else f"test/{name}_{part}"
+            if _is_number(value):
+                figures[label] = float(value)
+            elif isinstance(value, str):
+                tags[label] = value
+    new = {name: value for name, value in figures.items() if run.data.metrics.get(name) != value}
+    tracking.add(client, run, new, {k: v for k, v in tags.items() if run.data.tags.get(k) != v})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
