@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # importing torch takes seconds and 300 MB, which ingest and validate do without
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DataSpec:
 
     def to_stored(self, x: Tensor) -> Tensor:
         """``Batch.x``, or a model's samples, to what would be stored: uint8 for images."""
-        return self.to_levels(x).to(torch.uint8) if self.levels else x
+        return self.to_levels(x).byte() if self.levels else x
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,217 @@
+"""From a source to ``data/processed/<dataset>/``: streamed, so that memory does not grow with the number of images.
+
+First pass: every good example is appended to one spool file. Then its number decides its split, and a second pass
+gathers each split from the spool, in chunks, into memory-mappable arrays and the table of per-example statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import os
+import re
+import shutil
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from genus import progress
+from genus.config import Dataset
+from genus.data.loaders import SPLITS
+from genus.data.sources import Broken, Example, open_source
+from genus.errors import UserError
+from genus.files import replacing, sha256, write_json
+
+CHUNK = 1 << 21  # bytes of images that are worked on at once
+KEPT = 1000  # broken files that are copied; the table names all
+TEST_SEED = 0  # a carved test split does not follow the seed: figures of different seeds stay comparable
+
+
+def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] = "data") -> dict[str, Any]:
+    """Makes ``<root>/processed/<name>`` from its source and returns its description (dataset.json).
+
+    Broken examples go to ``<root>/quarantine/<name>`` with their reasons. The same source, options and seed give the
+    same bytes. Raises UserError, and leaves what was there before, where the source cannot be had, more than
+    ``config.max_broken`` of it is broken, or the disk is full.
+    """
+    source = open_source(config.source, config.options)
+    about = source.about()
+    quarantine = Path(root) / "quarantine" / name
+    with replacing(Path(root) / "processed" / name) as folder:
+        (folder / "labels").mkdir(parents=True)
+        spool = folder / "spool"
+        labels, given = array("q"), array("b")
+        with _Quarantine(quarantine) as broken, open(spool, "wb") as file:
+            for number, example in enumerate(source.examples(), 1):
+                if isinstance(example, Broken):
+                    broken.add(example)
+                else:
+                    file.write(_checked(example, about.spec.shape).tobytes())
+                    labels.append(example.label)
+                    given.append(SPLITS.index(example.split))
+                progress.report(number, about.count, unit="image")
+        _judge_broken(name, broken, len(labels), config.max_broken)
+        label = np.frombuffer(labels, np.int64)
+        where = _carve(np.frombuffer(given, np.int8), label, about.test, config.validation, seed, f"data set '{name}'")
+        _write_splits(folder, spool, label, where, about.spec.shape, about.spec.levels)
+        spool.unlink()
+        description = {
+            "name": name,
+            "kind": about.kind,
+            "spec": about.spec.to_json(),
+            "counts": {split: int((where == index).sum()) for index, split in enumerate(SPLITS)},
+            "quarantined": broken.count,
+            "sha256": _content(folder),
+            "licence": about.licence,
+            "source": about.source,
+        }
+        write_json(folder / "dataset.json", description)
+    return description
+
+
+def statistics(images: np.ndarray, levels: int) -> dict[str, np.ndarray]:
+    """The table's figures of some images, uint8 [N, ...] to columns [N].
+
+    All come from exact histograms: mean and standard deviation in levels, entropy in bits a pixel.
+    Raises ValueError where a pixel is not below ``levels``.
+    """
+    flat = images.reshape(len(images), -1)
+    if flat.max() >= levels:
+        raise ValueError(f"level {flat.max()} where the data set has {levels}")
+    cells = flat + levels * np.arange(len(flat), dtype=np.int64)[:, None]
+    histogram = np.bincount(cells.ravel(), minlength=len(flat) * levels).reshape(len(flat), levels)
+    level = np.arange(levels)
+    mean = histogram @ level / flat.shape[1]
+    share = histogram / flat.shape[1]
+    logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
+    return {
+        "mean": mean,
+        "std": np.sqrt(np.maximum(histogram @ level**2 / flat.shape[1] - mean**2, 0)),
+        "min": (histogram > 0).argmax(1),
+        "max": levels - 1 - (histogram > 0)[:, ::-1].argmax(1),
+        "entropy": -(share * logs).sum(1) + 0.0,  # + 0.0: no negative zero
+        "sha1": np.array([hashlib.sha1(row.tobytes(), usedforsecurity=False).hexdigest() for row in flat]),
+    }
+
+
+def _checked(example: Example, shape: tuple[int, ...]) -> np.ndarray:
+    if example.image.shape != shape or example.image.dtype != np.uint8:
+        found = f"{example.image.dtype} {example.image.shape}"
+        raise TypeError(f"{example.origin}: the source gave {found}, and promised uint8 {shape}")
+    return example.image
+
+
+def _judge_broken(name: str, broken: _Quarantine, good: int, allowed: float) -> None:
+    """Raises UserError where nothing is left or more than the allowed share is broken."""
+    total = good + broken.count
+    if total == 0:
+        raise UserError(f"data set '{name}': its source holds no examples")
+    if broken.count > allowed * total:
+        raise UserError(
+            f"data set '{name}': {broken.count:,} of {total:,} examples are broken ({broken.count / total:.1%}, "
+            f"max_broken is {allowed:.1%}), the first: {broken.first}; all in {broken.table}"
+        )
+
+
+def _carve(given: np.ndarray, labels: np.ndarray, test: float, validation: float, seed: int, what: str) -> np.ndarray:
+    """The split of each example, as an index into SPLITS: what the source says, else a random share of each class.
+
+    Only the examples' numbers are shuffled, never the examples.
+    """
+    where = given.copy()
+    for split, share, split_seed in (("test", test, TEST_SEED), ("validation", validation, seed)):
+        if not (where == SPLITS.index(split)).any():
+            train = np.flatnonzero(where == SPLITS.index("train"))
+            shuffled = np.random.default_rng(split_seed).permutation(train)
+            by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+            evenly = np.linspace(0, len(train), round(share * len(train)), endpoint=False).astype(np.int64)
+            where[by_class[evenly]] = SPLITS.index(split)
+    for index, split in enumerate(SPLITS):
+        if not (where == index).any():
+            raise UserError(f"{what}: {len(where):,} examples are too few: none is left for the {split} split")
+    return where
+
+
+def _write_splits(
+    folder: Path, spool: Path, labels: np.ndarray, where: np.ndarray, shape: tuple[int, ...], levels: int
+) -> None:
+    """Gathers every split from the spool into arrays and the table, rows of both in the source's order."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    numbers = {"label": pa.int64(), "mean": pa.float64(), "std": pa.float64(), "min": pa.int64(), "max": pa.int64()}
+    schema = pa.schema({"split": pa.string(), **numbers, "entropy": pa.float64(), "sha1": pa.string()})
+    with parquet.ParquetWriter(folder / "table.parquet", schema) as table, open(spool, "rb") as file:
+        for index, split in enumerate(SPLITS):
+            members = np.flatnonzero(where == index)
+            np.save(folder / "labels" / f"{split}.npy", labels[members])
+            with open(folder / f"{split}.npy", "wb") as out:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(members), *shape)}
+                np.lib.format.write_array_header_1_0(out, header)
+                for chosen, images in _gather(file, members, shape):
+                    out.write(images.tobytes())
+                    columns = {"split": [split] * len(chosen), "label": labels[chosen], **statistics(images, levels)}
+                    table.write_table(pa.table(columns, schema=schema))
+
+
+def _gather(file: BinaryIO, members: np.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reads chosen rows of the spool: (their numbers, uint8 [n, *shape]) by chunks.
+
+    Read, not memory-mapped: mapped pages would count as this process's memory.
+    """
+    size = int(np.prod(shape))
+    rows = max(1, CHUNK // size)
+    for start in range(0, len(members), rows):
+        chosen = members[start : start + rows]
+        images = np.empty((len(chosen), *shape), np.uint8)
+        for row, number in zip(images, chosen.tolist(), strict=True):
+            file.seek(number * size)
+            file.readinto(row)  # type: ignore[attr-defined]
+        yield chosen, images
+
+
+def _content(folder: Path) -> str:
+    """One hash of all arrays of a data set."""
+    names = [f"{split}.npy" for split in SPLITS] + [f"labels/{split}.npy" for split in SPLITS]
+    return hashlib.sha256("\n".join(f"{name} {sha256(folder / name)}" for name in names).encode()).hexdigest()
+
+
+class _Quarantine(contextlib.AbstractContextManager["_Quarantine"]):
+    """Collects broken examples in a folder: copies, and reasons.csv. The folder goes when nothing is broken.
+
+    A side output for people; DVC does not hash it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.table = folder / "reasons.csv"
+        self.count = 0
+        self.first = ""
+
+    def __enter__(self) -> _Quarantine:
+        shutil.rmtree(self.folder, ignore_errors=True)  # what an earlier ingest found
+        return self
+
+    def add(self, broken: Broken) -> None:
+        if self.count == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.first = f"{broken.origin}: {broken.reason}"
+            self._row("file", "origin", "reason")
+        self.count += 1
+        copy = ""
+        if broken.open is not None and self.count <= KEPT:
+            copy = f"{self.count:06d}-{re.sub(r'[^A-Za-z0-9._-]', '_', broken.origin)[-80:]}"
+            with broken.open() as file, open(self.folder / copy, "wb") as out:
+                shutil.copyfileobj(file, out)
+        self._row(copy, broken.origin, broken.reason)
+
+    def _row(self, *cells: str) -> None:
+        with open(self.table, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow(cells)
+
+    def __exit__(self, *_: object) -> None:
+        return None

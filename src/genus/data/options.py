@@ -1,0 +1,25 @@
+"""Options from params.yaml against the section that knows them: what is wrong is said in one line."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from genus.config import Section
+from genus.errors import UserError, nearest
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+def checked(kind: type[Kind], values: dict[str, Any], what: str) -> Kind:
+    """``kind(**values)``. Raises UserError naming ``what``, the key and the nearest right one."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{what}: unknown key '{key}': {nearest(key, kind.model_fields)}") from error
+        given = "" if first["type"] == "missing" else f", not {first['input']!r}"
+        raise UserError(f"{what}: {key}: {first['msg']}{given}") from error
