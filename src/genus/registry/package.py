@@ -117,7 +117,7 @@ def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> Any:
     return ModelSignature(
         inputs=Schema([ColSpec("long", "seed")]),
         outputs=Schema([TensorSpec(dtype, (-1, *about["spec"]["shape"]))]),
-        params=ParamSchema(params) if params else None,  # type: ignore[arg-type] (its own default)
+        params=ParamSchema(params) if params else None,  # type: ignore[arg-type]
     )
 
 
