@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from genus.training import autocast
 
 @torch.inference_mode()
 def draw(
-    model: Family, n: int, *, seed: int, device: torch.device, batch_size: int = 100, quiet: bool = False, **knobs: Any
+    model: Family,
+    n: int,
+    *,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 100,
+    knobs: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> np.ndarray:
     """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed and batch size, same bytes.
 
@@ -26,7 +34,7 @@ def draw(
     parts = []
     for start in range(0, n, batch_size):
         with autocast(device):
-            x = model.sample(min(batch_size, n - start), generator=generator, **knobs)
+            x = model.sample(min(batch_size, n - start), generator=generator, **(knobs or {}))
         parts.append(model.spec.to_stored(x.float()).cpu().numpy())
         if not quiet:
             progress.report(min(start + batch_size, n), n, unit="sample")

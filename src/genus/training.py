@@ -60,7 +60,7 @@ def set_up(threads: int, seed: int) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     # Else every new tensor is first filled with NaN, a debugging aid that costs a third of the speed.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Denormals slow a CPU down by an order of magnitude where activations die out.
     torch.set_flush_denormal(True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
@@ -245,7 +245,8 @@ def _schedule(step: int, steps: int, config: Train) -> float:
 
 @torch.no_grad()
 def _average(average: Family, model: Family, decay: float) -> None:
-    averaged, current = list(average.parameters()), list(model.parameters())
+    averaged: list[Tensor] = list(average.parameters())
+    current: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(averaged, current, 1 - decay)
     for kept, new in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(new)

@@ -90,9 +90,11 @@ def sample_quality(task: Task) -> tuple[Figures, Timing]:
     """
     effort, reference = task.effort, task.reference
     warm = min(effort.batch_size, effort.samples)
-    draw(task.model, min(2, warm), seed=0, device=task.device, quiet=True, **effort.knobs)  # first-call costs
+    draw(task.model, min(2, warm), seed=0, device=task.device, knobs=effort.knobs, quiet=True)  # first-call costs
     started = time.monotonic()
-    drawn = draw(task.model, effort.samples, seed=task.seed + 12, device=task.device, batch_size=warm, **effort.knobs)
+    drawn = draw(
+        task.model, effort.samples, seed=task.seed + 12, device=task.device, batch_size=warm, knobs=effort.knobs
+    )
     seconds = time.monotonic() - started
     if seconds > SAMPLING_SECONDS:
         print(f"note: {len(drawn)} samples took {seconds:.0f} s; evaluate.samples sets how many", file=sys.stderr)

@@ -30,6 +30,7 @@ def run(name: str) -> None:
     from genus.sampling import draw
     from genus.training import pick_device, set_up, train
 
+    knobs = chosen.evaluate.knobs
     device = pick_device(params.device)
     set_up(params.threads, params.seed)
     data = open_dataset(chosen.dataset)
@@ -61,12 +62,16 @@ def run(name: str) -> None:
         description=data.description,
     ) as run:
 
+        def picture(drawn: np.ndarray) -> np.ndarray:
+            return grid(drawn, levels=data.spec.levels)
+
         def on_log(row: dict[str, float], speed: dict[str, float]) -> None:
             run.log(row | {"images_per_s": speed["images_per_s"]})
-            progress.report(int(row["step"]), steps, loss=_headline(row), **speed)
+            rate, left = speed["images_per_s"], speed["seconds_left"]
+            progress.report(int(row["step"]), steps, loss=_headline(row), images_per_s=rate, seconds_left=left)
 
         def on_samples(model: Family, step: int) -> None:
-            run.image(grid(draw(model, 16, seed=params.seed, device=device, quiet=True, **chosen.evaluate.knobs)), step)
+            run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
 
         result = train(
             model,
@@ -89,9 +94,9 @@ def run(name: str) -> None:
         _write_history(folder / "history.csv", result.history)
         result.model.to(device)
         if isinstance(result.model, Samples):
-            picture = grid(draw(result.model, 64, seed=params.seed, device=device, **chosen.evaluate.knobs))
-            run.image(picture, steps)
-            _write_picture(folder / "samples.png", picture)
+            shown = picture(draw(result.model, 64, seed=params.seed, device=device, knobs=knobs))
+            run.image(shown, steps)
+            _write_picture(folder / "samples.png", shown)
         write_json(Path("reports/timing/train") / f"{name}.json", result.timing)
         run.tag(**{"genus.sha256": sha256(folder / "weights.safetensors")})
         run.artifact(folder / "samples.png")
