@@ -1,0 +1,165 @@
+"""What every family must hold, whatever its paper: each is built small, on 8×8 images, and put through the contract."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from genus.config import Train
+from genus.contract import (
+    CAPABILITIES,
+    Batch,
+    Encodes,
+    Family,
+    Initialises,
+    Samples,
+    Scores,
+    build,
+    check_params,
+    family_class,
+    family_names,
+)
+from genus.data.spec import DataSpec
+from genus.errors import UserError
+from genus.training import train
+
+SPEC = DataSpec((1, 8, 8), 17, tuple("0123456789"))
+
+
+def small(family: str) -> Family:
+    """The family as the digits models of params.yaml have it: small enough for a test."""
+    from genus.config import load
+
+    sections = [model for model in load("params.yaml").models.values() if model.dataset == "digits"]
+    params = next((section.params for section in sections if section.family == family), {})
+    torch.manual_seed(0)
+    return build(family, SPEC, params)
+
+
+def batch(n: int = 4, seed: int = 0) -> Batch:
+    stored = torch.randint(0, 17, (n, *SPEC.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Batch(SPEC.to_float(stored), torch.zeros(n, dtype=torch.int64))
+
+
+def started(family: str) -> Family:
+    model = small(family)
+    if isinstance(model, Initialises):
+        model.initialise(batch(16), generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture(params=family_names())
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_names_its_paper_and_a_capability(family: str) -> None:
+    model = small(family)
+    assert any(character.isdigit() for character in model.paper), "the paper is named with its year"
+    assert any(isinstance(model, protocol) for protocol in CAPABILITIES.values())
+
+
+def test_every_parameter_gets_a_gradient(family: str) -> None:
+    model = started(family)
+    seen: set[str] = set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [parameter for group in model.groups().values() for parameter in group]
+    assert len(grouped) == len({id(parameter) for parameter in grouped}) == len(names), "each is in exactly one group"
+    for step in range(2):  # a zero-initialised last layer hides the layers before it until it has moved
+        for group, terms in model.updates(batch(8, step), generator=torch.Generator().manual_seed(step)):
+            parameters = model.groups()[group]
+            assert terms["loss"].ndim == 0 and terms["loss"].isfinite()
+            for parameter in parameters:
+                parameter.grad = None
+            terms["loss"].backward(inputs=parameters)
+            for parameter in parameters:
+                assert parameter.grad is None or parameter.grad.isfinite().all()
+                if parameter.grad is not None and parameter.grad.abs().sum() > 0:
+                    seen.add(names[id(parameter)])
+                if parameter.grad is not None:
+                    parameter.data -= 1e-2 * parameter.grad.sign()
+    assert set(names.values()) == seen
+
+
+def test_same_seed_same_samples_in_range(family: str) -> None:
+    model = started(family).eval()
+    if not isinstance(model, Samples):
+        pytest.skip("does not sample")
+    with torch.inference_mode():
+        first, again = (model.sample(3, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+        other = model.sample(3, generator=torch.Generator().manual_seed(8))
+    assert first.shape == (3, *SPEC.shape) and first.isfinite().all()
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert SPEC.to_stored(first).max() < SPEC.levels
+
+
+def test_log_prob_is_a_log_probability_of_the_stored_data(family: str) -> None:
+    model = started(family).eval()
+    if not isinstance(model, Scores):
+        pytest.skip("gives no density")
+    assert model.density
+    with torch.inference_mode():
+        nats = model.log_prob(batch(5), generator=torch.Generator().manual_seed(0))
+    assert nats.shape == (5,) and nats.isfinite().all()
+    assert (nats < 0).all(), "a probability of stored levels is below one"
+
+
+def test_codes_decode_to_the_shape_of_the_data(family: str) -> None:
+    model = started(family).eval()
+    if not isinstance(model, Encodes):
+        pytest.skip("has no code")
+    with torch.inference_mode():
+        assert model.decode(model.encode(batch(2).x)).shape == (2, *SPEC.shape)
+
+
+def test_weights_survive_a_file_without_pickle(family: str) -> None:
+    model, fresh = started(family).eval(), small(family).eval()
+    stored = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    fresh.load_state_dict(load(io.BytesIO(stored).getvalue()))
+    if isinstance(model, Samples) and isinstance(fresh, Samples):
+        with torch.inference_mode():
+            one, two = (m.sample(2, generator=torch.Generator().manual_seed(0)) for m in (model, fresh))
+        assert torch.equal(one, two)
+
+
+def test_draws_only_from_its_generator(family: str) -> None:
+    model = started(family)
+    before = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    for _ in model.updates(batch(), generator=generator):
+        pass
+    if isinstance(model, Samples):
+        with torch.inference_mode():
+            model.sample(1, generator=generator)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_learns_a_tiny_data_set(family: str) -> None:
+    """Thirty steps on sixteen images: the likelihood of those images, where there is one, must rise clearly."""
+    model = small(family)
+    images = (SPEC.to_stored(batch(16).x) // 8 * 8).numpy()  # three grey levels: something to learn
+    config = Train(steps=30, batch_size=16, learning_rate=3e-3 if len(model.groups()) == 1 else 1e-3, clip=100.0)
+    data = Batch(SPEC.to_float(torch.from_numpy(images)))
+
+    def nats(model: Family) -> float:
+        with torch.inference_mode():
+            return model.log_prob(data, generator=torch.Generator().manual_seed(0)).mean().item()  # type: ignore[operator]
+
+    scores = isinstance(model, Scores)
+    if isinstance(model, Initialises):
+        model.initialise(data, generator=torch.Generator().manual_seed(0))
+    before = nats(model.eval()) if scores else 0.0
+    result = train(model, images, torch.zeros(16).long().numpy(), config, steps=30, seed=0, device=torch.device("cpu"))
+    assert [row["step"] for row in result.history] == [25, 30]
+    if scores:
+        assert nats(result.model) > before + 5
+
+
+def test_misspelt_parameters_and_families_are_named(family: str) -> None:
+    with pytest.raises(UserError, match="no parameter 'chanels'"):
+        check_params(family, {"chanels": 3})
+    with pytest.raises(UserError, match=f"did you mean '{family}'"):
+        family_class(family + "x")
