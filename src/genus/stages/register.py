@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 def run(collection: str) -> None:
     """Registers every model of ``collection`` whose content is new and writes reports/registered/<collection>.json.
 
-    A reconciliation: a second run changes nothing, and an empty store is filled again from the files. Raises
-    UserError where a file is missing or the store cannot be reached.
+    Raises UserError where a file is missing or the store cannot be reached.
+    """
+    write_json(f"reports/registered/{collection}.json", reconcile(config.load().collection(collection)))
+
+
+def reconcile(models: list[str]) -> dict[str, Any]:
+    """Makes the registry say what these models' files say; returns a line of the report for each.
+
+    A second call changes nothing, and an empty store is filled again from the files. Raises UserError where a file is
+    missing or the store cannot be reached.
     """
     params = config.load()
-    models = params.collection(collection)
 
     from genus import progress, tracking
     from genus.registry import Figures, register
@@ -47,9 +54,9 @@ def run(collection: str) -> None:
     except tracking.problems() as error:
         why = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register {collection}` tries again"
+            f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register` tries again"
         ) from error
-    write_json(f"reports/registered/{collection}.json", table)
+    return table
 
 
 def _row(content: str, figures: Figures | None) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""The processes of a run: one a stage, each its own group, all ended when the run ends, whatever ended it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from genus.errors import UserError
+
+STATE = Path(".genus")
+LOGS = Path("logs")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A stage that ended well. ``ran`` is False where DVC found nothing to do or had the result in its cache."""
+
+    stage: str
+    ran: bool
+    seconds: float  # the process, from its start to its end
+    work: float  # of these, the stage's own work
+
+
+class StageFailed(Exception):
+    """A stage's process ended badly. ``user`` is True where the user can mend it (exit status 2)."""
+
+    def __init__(self, stage: str, line: str, log: Path, user: bool):
+        super().__init__(f"{stage}: {line} (log: {log})")
+        self.stage, self.line, self.log, self.user = stage, line, log, user
+
+
+def log_path(stage: str) -> Path:
+    return LOGS / f"{stage}.log"
+
+
+def progress_path(stage: str) -> Path:
+    """Where a running stage says how far it is (genus.progress)."""
+    return STATE / "progress" / f"{stage}.json"
+
+
+def work_path(stage: str) -> Path:
+    """Where a stage leaves the seconds of its own work when it is done (genus.cli)."""
+    return STATE / "work" / f"{stage}.json"
+
+
+class Children:
+    """The running stages' processes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped = False
+
+    def run(self, stage: str, *, force: bool = False, environment: dict[str, str] | None = None) -> Ran:
+        """``dvc repro --single-item STAGE`` in a process of its own, its output in logs/<stage>.log.
+
+        Raises StageFailed with the one line that says what was wrong.
+        """
+        log, progress, work = log_path(stage), progress_path(stage), work_path(stage)
+        for path in (log, progress, work):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (progress, work):
+            path.unlink(missing_ok=True)
+        # The global flag stands first; without it a lock that is busy for a moment loses the stage's result.
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
+        command += ["--force", stage] if force else [stage]
+        variables = os.environ | (environment or {})
+        variables |= {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "GENUS_PROGRESS": str(progress),
+            "GENUS_WORK": str(work),
+        }
+        started = time.monotonic()
+        with log.open("wb") as out:
+            with self._lock:
+                if self._stopped:
+                    raise StageFailed(stage, "stopped", log, user=False)
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=variables,
+                    start_new_session=True,
+                )
+                self._running[stage] = process
+            status = process.wait()
+            with self._lock:
+                self._running.pop(stage, None)
+        seconds = time.monotonic() - started
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if status:
+            line, user = _what_was_wrong(text, status, self._stopped)
+            raise StageFailed(stage, line, log, user)
+        return Ran(stage, f"Running stage '{stage}'" in text, seconds, _read(work).get("seconds", 0.0))
+
+    def stop(self, grace: float = 3.0) -> None:
+        """Ends every process of every stage: politely, and after ``grace`` seconds for good. Starts no more."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running.values())
+        for process in running:
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and any(_alive(process) for process in running):
+            time.sleep(0.05)
+        for process in running:
+            _signal_group(process, signal.SIGKILL)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)  # start_new_session made the process the leader of its group
+
+
+def _alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of the process's group is left, the process itself or what it started."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _what_was_wrong(text: str, status: int, stopped: bool) -> tuple[str, bool]:
+    """The one line of a stage's log that says why it failed, and whether the user can mend it."""
+    if stopped:
+        return "stopped", False
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for mark, user in (("genus: error: ", True), ("genus: ", False)):
+        for line in reversed(lines):
+            if line.startswith(mark):
+                return line.removeprefix(mark), user
+    # A traceback ends with the exception, and DVC's own lines follow it.
+    mine = [line for line in lines if not line.startswith(("ERROR: failed to reproduce", "Use `dvc", "> "))]
+    line = mine[-1] if mine and "Traceback" in text else lines[-1] if lines else "nothing in the log"
+    return f"{line} (exit status {status})", False
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(path: Path = STATE / "run.lock") -> Iterator[None]:
+    """Holds the run's lock, which the kernel releases however the process ends.
+
+    Raises UserError that names the other process and when it started.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read().strip() or "a process that is just starting"
+            raise UserError(f"another run is going on in this folder: {who}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

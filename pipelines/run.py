@@ -1,0 +1,112 @@
+"""One run, from names to the final table. Knows no Prefect: that is imported only when something has to be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from rich.console import Console
+
+from genus import config
+from genus.errors import UserError
+from genus.quiet import quieten
+from pipelines import outcome, plan
+from pipelines.children import one_run_at_a_time
+
+
+def run(
+    collection: str = "tour",
+    models: Collection[str] = (),
+    datasets: Collection[str] = (),
+    *,
+    jobs: int | None = None,
+    force: bool = False,
+    refresh: Collection[str] = (),
+    console: Console | None = None,
+) -> int:
+    """Brings a collection, or the models and data sets named, up to date; returns the exit status.
+
+    ``jobs``: stages side by side, default the cores divided by the threads a stage uses. ``force`` reruns every
+    selected stage, ``refresh`` the stages it names. Raises UserError for what the user can mend.
+
+    Where DVC says that nothing has changed, Prefect is not even imported: its server would cost more than the rest.
+    """
+    quieten()
+    console = console or Console(highlight=False)
+    started = time.monotonic()
+    params = config.load()
+    with one_run_at_a_time():
+        todo = plan.make(params, collection=collection, models=models, datasets=datasets)
+        forced = set(todo.stages) if force else set(refresh)
+        waiting = todo.waiting(forced)
+        _check_models(params, waiting)
+        walked = None
+        if waiting:
+            from pipelines.train import walk
+
+            walked = walk(todo, waiting, forced, params, jobs, console)
+            for failure in walked.failed:
+                console.print(f"failed   {failure}", style="red", markup=False, soft_wrap=True)
+        else:
+            console.print(f"nothing has changed: {len(todo.stages)} stages are up to date")
+        ran = [done.stage for done in walked.ran] if walked else []
+        current = [stage for stage in todo.stages if stage in ran or stage not in waiting]
+        _finish(params, todo, current, ran, console)
+        elapsed = time.monotonic() - started
+        if walked and walked.ran:
+            console.print(f"seconds  {outcome.seconds_by_stage(walked.ran)}", markup=False, soft_wrap=True)
+            console.print(str(outcome.Cost.of(walked.ran, elapsed - walked.busy)), markup=False, soft_wrap=True)
+    failed = walked.failed if walked else []
+    console.print(f"{'failed' if failed else 'done'} in {elapsed:.1f} s")
+    if failed:
+        return 2 if all(failure.user for failure in failed) else 1
+    return 0
+
+
+def _check_models(params: config.Params, stages: Collection[str]) -> None:
+    """Finds a misspelt family or parameter of the models to be trained before anything is started."""
+    names = [stage.partition("@")[2] for stage in stages if plan.kind(stage) == "train"]
+    if names:
+        from genus.contract import check_params
+
+        for name in names:
+            try:
+                check_params(params.models[name].family, params.models[name].params)
+            except UserError as error:
+                raise UserError(f"params.yaml: models.{name}: {error}") from error
+
+
+def _finish(
+    params: config.Params, todo: plan.Plan, current: Collection[str], ran: Collection[str], console: Console
+) -> None:
+    """Makes the registry say what the files say, then prints the table, the comparison and where to look next.
+
+    Only of the stages that are ``current``: a new model beside the figures of the old one would be a lie.
+    """
+    models = [model for model in todo.models if f"evaluate@{model}" in current]
+    trouble, versions = None, {}
+    if models:
+        try:
+            # A lost or new tracking store is filled again even when every stage is cached.
+            done = all(f"register@{name}" in ran for name in todo.collections) and todo.collections
+            versions = _registered(models, reconcile=not done)
+        except UserError as error:
+            trouble = error
+        console.print(outcome.results(models, versions))
+    console.print(str(outcome.reproduced(set(todo.stages).intersection(current))), markup=False, soft_wrap=True)
+    reports = [f"reports/{params.collections[name].report}.html" for name in todo.collections]
+    outcome.where_to_look(console, models, [report for report in reports if Path(report).exists()])
+    if trouble:
+        raise trouble
+
+
+def _registered(models: list[str], *, reconcile: bool) -> dict[str, str]:
+    """``3 champion`` for each model that the registry has, after it was made to say what the files say."""
+    from genus import registry
+    from genus.stages import register
+
+    if reconcile:
+        register.reconcile(models)
+    known = registry.status(models)
+    return {model: " ".join([known[model]["version"], *known[model]["aliases"]]) for model in known}

@@ -1,0 +1,230 @@
+"""The flow: DVC says what depends on what and what has changed, Prefect runs one task a stage, side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.logging.configuration import setup_logging
+from prefect.task_runners import ThreadPoolTaskRunner
+from rich.console import Console
+
+from genus.config import Params
+from genus.files import write_json
+from pipelines import run
+from pipelines.children import LOGS, STATE, Children, Ran, StageFailed
+from pipelines.plan import TRAINS_OR_SAMPLES, Plan, kind
+from pipelines.screen import Screen
+
+PREFECT_LOG = LOGS / "prefect.log"
+SECONDS = STATE / "seconds.json"  # what each stage took when it last ran here
+
+
+@flow(name="train", validate_parameters=False)
+def train(
+    collection: str = "tour",
+    models: list[str] | None = None,
+    datasets: list[str] | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+    refresh: list[str] | None = None,
+) -> None:
+    """What a deployment runs: the same as ``genus run``, from names to the final table."""
+    status = run.run(collection, models or (), datasets or (), jobs=jobs, force=force, refresh=refresh or ())
+    if status:
+        raise RuntimeError(f"the run ended with status {status}: its table and logs/ say why")
+
+
+@dataclass
+class Walked:
+    """What came of the stages of a run."""
+
+    ran: list[Ran] = field(default_factory=list)
+    failed: list[StageFailed] = field(default_factory=list)
+    busy: float = 0.0  # seconds in which at least one stage was running
+
+    def has(self, stage: str) -> bool:
+        return stage in {*(done.stage for done in self.ran), *(failure.stage for failure in self.failed)}
+
+
+class RunFailed(Exception):
+    """At least one stage failed; so Prefect, too, shows the flow run as failed."""
+
+
+def walk(
+    plan: Plan, waiting: Collection[str], forced: Collection[str], params: Params, jobs: int | None, console: Console
+) -> Walked:
+    """Runs the waiting stages, each as soon as what it needs is done and a place is free, longest way first.
+
+    A stage that fails leaves out what stands downstream of it; the others go on, for their results are no worse.
+    """
+    walked, children, screen = Walked(), Children(), Screen(plan.stages, console)
+    slots = Slots(params.threads, params.device, jobs)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    seconds = _read_seconds()
+    urgency = plan.urgency(seconds)
+    threads: Any = ThreadPoolTaskRunner(max_workers=len(waiting))  # its type parameters do not fit flow's
+
+    @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+    def one_stage(stage: str, environment: dict[str, str], force: bool) -> None:
+        try:
+            done = children.run(stage, environment=environment, force=force)
+        except StageFailed as failure:
+            walked.failed.append(failure)
+            screen.set(stage, "failed", note=failure.line)
+            raise
+        walked.ran.append(done)
+        screen.set(stage, "done" if done.ran else "cached", seconds=done.seconds)
+
+    @flow(name="stages", task_runner=threads, persist_result=False)
+    def stages(waiting: list[str], forced: list[str]) -> None:
+        futures: dict[str, PrefectFuture[Any]] = {}
+        running: dict[str, Slot] = {}
+        left = list(waiting)
+        finished = {stage for stage in plan.stages if stage not in left}
+        while left or running:
+            for stage in sorted(left, key=lambda stage: -urgency[stage]):
+                slot = slots.take(stage) if finished.issuperset(plan.upstream[stage]) else None
+                if slot:
+                    left.remove(stage)
+                    running[stage] = slot
+                    screen.set(stage, "running")
+                    before = [futures[need] for need in plan.upstream[stage] if need in futures]
+                    future: PrefectFuture[None] = one_stage.submit(  # type: ignore[call-overload]
+                        stage, slot.environment, stage in forced, wait_for=before
+                    )
+                    future.add_done_callback(partial(lambda stage, _: ended.put(stage), stage))
+                    futures[stage] = future
+            begun = time.monotonic()
+            stage = ended.get()
+            walked.busy += time.monotonic() - begun
+            slots.free(running.pop(stage))
+            if not walked.has(stage):  # the task never came to its body
+                walked.failed.append(StageFailed(stage, "Prefect could not run it", PREFECT_LOG, user=False))
+                screen.set(stage, "failed", note=f"Prefect could not run it, see {PREFECT_LOG}")
+            if any(failure.stage == stage for failure in walked.failed):
+                for lost in plan.downstream(stage, left):
+                    left.remove(lost)
+                    screen.set(lost, "left out", note=f"{stage} failed")
+            else:
+                finished.add(stage)
+        if walked.failed:
+            raise RunFailed(", ".join(failure.stage for failure in walked.failed))
+
+    for stage in plan.stages:
+        if stage not in waiting:
+            screen.set(stage, "cached")
+    with screen, _ending(children), _prefect_into_log(), suppress(RunFailed):  # its stages are in ``walked``
+        stages(list(waiting), sorted(forced))
+    write_json(SECONDS, seconds | {done.stage: done.seconds for done in walked.ran if done.ran})
+    return walked
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place to run one stage: some cores, or a GPU."""
+
+    gpu: str | None
+    environment: dict[str, str]
+
+
+class Slots:
+    """What can run side by side: cores // threads stages on the CPU, one stage a GPU that trains or samples."""
+
+    def __init__(self, threads: int, device: str, jobs: int | None = None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        self._cpu = [Slot(None, fixed)] * (jobs or max(1, cores // threads))
+        gpus = [] if device == "cpu" else _gpus()[:jobs]
+        self._gpu = [Slot(gpu, fixed | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
+        self._has_gpu = bool(gpus)
+
+    def take(self, stage: str) -> Slot | None:
+        """A place for the stage; None where none is free now."""
+        free = self._gpu if self._has_gpu and kind(stage) in TRAINS_OR_SAMPLES else self._cpu
+        return free.pop() if free else None
+
+    def free(self, slot: Slot) -> None:
+        (self._cpu if slot.gpu is None else self._gpu).append(slot)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them. Asks the driver: importing torch takes 3 s."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+@contextmanager
+def _ending(children: Children) -> Iterator[None]:
+    """Whatever ends the block, a signal or an error, no process of a stage outlives it by more than 5 s.
+
+    Prefect's own handler leaves the children running, so ours stands in front of it until the block ends. It does not
+    wait for Prefect to tell its server, which may have had the same Ctrl-C.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        children.stop()
+        # Prefect may wait for its server before it lets the exception through.
+        leave = threading.Timer(1.5, os._exit, [128 + number])
+        leave.daemon = True
+        leave.start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        children.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _prefect_into_log() -> Iterator[None]:
+    """Prefect's own lines go to logs/prefect.log for the time of the block: the terminal belongs to the stages."""
+    setup_logging()  # now, so that the flow does not put its own handlers back
+    LOGS.mkdir(exist_ok=True)
+    handler = logging.FileHandler(PREFECT_LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    changed: list[tuple[logging.Logger, list[logging.Handler]]] = []
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("prefect")]:
+        logger = logging.getLogger(name)
+        if logger.handlers:
+            changed.append((logger, logger.handlers))
+            logger.handlers = [handler, *(h for h in logger.handlers if not isinstance(h, logging.StreamHandler))]
+    try:
+        yield
+    finally:
+        for logger, handlers in changed:
+            logger.handlers = handlers
+        handler.close()
+
+
+def _read_seconds() -> dict[str, float]:
+    try:
+        return json.loads(SECONDS.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}

@@ -1,0 +1,107 @@
+"""A toy project: the graph of the real dvc.yaml, with stages that do nothing but write their outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Stands in for `genus STAGE NAME`: the same files, after TOY_SECONDS; the stages in TOY_FAILS fail.
+STAGE = """
+import json, os, pathlib, sys, time
+from ruamel.yaml import YAML
+
+stage, name = sys.argv[1:]
+params = YAML(typ="safe").load(open("params.yaml"))
+with open("ran.txt", "a") as file:
+    file.write(f"{stage}@{name}\\n")
+time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+if f"{stage}@{name}" in os.environ.get("TOY_FAILS", "").split(","):
+    print(f"genus: error: {stage} of {name} is broken on purpose", file=sys.stderr)
+    sys.exit(2)
+
+def write(path, text):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+if stage == "ingest":
+    write(f"data/processed/{name}/train.npy", name)
+elif stage == "validate":
+    write(f"reports/validation/{name}.json", "{}")
+elif stage == "judge":
+    write(f"data/judge/{name}/weights", name)
+elif stage == "train":
+    for file in ("weights.safetensors", "history.csv", "samples.png"):
+        write(f"models/{name}/{file}", f"{name} {params['models'][name]['train']['steps']}")
+    write(f"models/{name}/model.json", json.dumps({"family": "flows/glow", "paper": "A & B 2018"}))
+    write(f"reports/timing/train/{name}.json", json.dumps({"train_seconds": time.time()}))
+elif stage == "evaluate":
+    bits = {"value": 3.14159, "kind": "dequantised", "n": 100}
+    frechet = {"value": 52.4, "relative": 0.12, "floor": 0.5, "n": 10000}
+    write(f"reports/metrics/{name}.json", json.dumps({"bits_per_dim": bits, "frechet_distance": frechet}))
+    write(f"reports/timing/{name}.json", json.dumps({"sample_ms": time.time()}))
+    write(f"reports/records/{params['models'][name]['collection']}/{name}.json", json.dumps(time.time()))
+elif stage == "scorecard":
+    of = params["collections"][name]
+    text = "".join(path.read_text() for path in sorted(pathlib.Path(of["records"]).rglob("*.json")))
+    write(f"reports/{of['report']}.json", text)
+    write(f"reports/{of['report']}.html", text)
+elif stage == "register":
+    write(f"reports/registered/{name}.json", "{}")
+if os.environ.get("GENUS_WORK"):
+    write(os.environ["GENUS_WORK"], json.dumps({"seconds": 0.01}))
+"""
+
+PARAMS = """
+seed: 0
+collections:
+  tour: {about: a, records: reports/records/tour, report: scorecard}
+  smoke: {about: b, records: reports/records/smoke, report: scorecard-smoke}
+  all: {about: c, records: reports/records, report: scorecard-all}
+datasets:
+  fashion-mnist:
+    {source: fashion_mnist, options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}
+  digits:
+    {source: digits, options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}
+models:
+  digits-glow:
+    {family: flows/glow, dataset: digits, collection: smoke, params: {}, train: {steps: 5, batch_size: 2}}
+  digits-vae:
+    {family: vae/vae, dataset: digits, collection: smoke, params: {}, train: {steps: 7, batch_size: 2}}
+  fashion-mnist-vae:
+    {family: vae/vae, dataset: fashion-mnist, collection: tour, params: {}, train: {steps: 5, batch_size: 2}}
+budget: 1
+threads: 1
+device: cpu
+"""
+
+
+@pytest.fixture
+def toy(project: Path) -> Path:
+    """The toy project, the working directory of the test."""
+    (project / "stage.py").write_text(STAGE)
+    (project / "params.yaml").write_text(PARAMS)
+    graph = (project / "dvc.yaml").read_text().replace("cmd: genus", "cmd: python stage.py")
+    (project / "dvc.yaml").write_text(graph)
+    return project
+
+
+def ran(toy: Path) -> list[str]:
+    """The stages whose commands have run so far, in the order in which they began."""
+    path = toy / "ran.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def processes_of(toy: Path) -> list[str]:
+    """Command lines of the processes whose working directory is the toy project."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if Path(os.readlink(entry / "cwd")) == toy:
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it ended meanwhile
+                continue
+    return found
