@@ -53,6 +53,7 @@ def prepare() -> str:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"
     )  # else a server that is down holds a training for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     address = uri()
     if not address.startswith("sqlite:///"):
         return address
@@ -87,9 +88,11 @@ def _create(database: Path) -> None:
 def client() -> MlflowClient:
     """MLflow's client for this project's store, which is made where it is missing."""
     address = prepare()
+    import mlflow
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(address)  # its registry looks a version's package up through this global
     return MlflowClient(address, address)
 
 

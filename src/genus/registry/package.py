@@ -10,16 +10,21 @@ import ast
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
+import platform
 import re
-import tempfile
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genus.errors import UserError
 from genus.files import read_json, replacing
 
 if TYPE_CHECKING:
-    from mlflow.models import Model
+    from mlflow.models import Model, ModelSignature
+
+    from genus.contract import Family
 
 ROOT = Path(__file__).parents[1]  # the package genus
 REQUIREMENTS = ("torch", "numpy", "safetensors", "pandas", "mlflow")
@@ -36,27 +41,47 @@ def package(
         save(Path(folder), temporary, knobs or {})
 
 
-def save(folder: Path, destination: Path, knobs: dict[str, Any], mlflow_model: Model | None = None) -> None:
-    """Writes the package; ``mlflow_model`` carries the ids where it belongs to a run."""
+def save(folder: Path, destination: Path, knobs: dict[str, Any]) -> Model:
+    """Writes the package and returns its description, which is the file MLmodel.
+
+    The files that ``mlflow.pyfunc.save_model`` writes, but for the machine's paths, which that one puts in, and for
+    the seconds in which it compares the requirements with everything installed here.
+    """
     import mlflow.pyfunc
+    from mlflow.models import Model
 
     about = read_json(folder / "model.json")
-    with tempfile.TemporaryDirectory() as scratch:
-        code = Path(scratch) / "code"
-        write_code(about["family"], code)
-        mlflow.pyfunc.save_model(
-            path=str(destination),
-            python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={
-                "weights": str(folder / "weights.safetensors"),
-                "model": str(folder / "model.json"),
-                "code": str(code),
-            },
-            signature=_signature(about, knobs),
-            # Exact versions: the bytes of a sample depend on torch's kernels.
-            pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
-            mlflow_model=mlflow_model,
-        )
+    family = _fitting(folder, about)
+    artifacts = destination / "artifacts"
+    artifacts.mkdir(parents=True)
+    for name in ("weights.safetensors", "model.json"):
+        shutil.copy2(folder / name, artifacts)
+    write_code(about["family"], artifacts / "code")
+    shutil.copy2(Path(__file__).with_name("served.py"), destination)
+
+    model = Model(about["name"])
+    model.signature = _signature(family, about, knobs)
+    parts = {"weights": "weights.safetensors", "model": "model.json", "code": "code"}
+    mlflow.pyfunc.add_to_model(
+        model,
+        loader_module="mlflow.pyfunc.loaders.code_model",
+        model_code_path="served.py",
+        artifacts={name: {"path": f"artifacts/{path}", "uri": f"artifacts/{path}"} for name, path in parts.items()},
+        conda_env="conda.yaml",
+        python_env="python_env.yaml",
+        streamable=False,
+    )
+    model.save(str(destination / "MLmodel"))
+    # Exact versions: the bytes of a sample depend on torch's kernels.
+    requirements = [f"{name}=={_version(name)}" for name in REQUIREMENTS]
+    python = platform.python_version()
+    pip: list[Any] = [f"python={python}", "pip", {"pip": requirements}]
+    conda = {"name": "genus", "channels": ["conda-forge"], "dependencies": pip}
+    virtualenv = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
+    (destination / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    for file, content in {"conda.yaml": conda, "python_env.yaml": virtualenv}.items():  # JSON is YAML too
+        (destination / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return model
 
 
 def write_code(family: str, destination: Path) -> str:
@@ -89,9 +114,7 @@ def _closure(first: str) -> set[str]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                here = ".".join(["genus", *Path(path).parts[: -node.level]]) if node.level else ""
-                module = ".".join(part for part in (here, node.module) if part)
-                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+                names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
             for name in names:
                 if name.split(".")[0] == "genus":
                     relative = "/".join(name.split(".")[1:])
@@ -100,16 +123,34 @@ def _closure(first: str) -> set[str]:
     return found
 
 
-def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> Any:
+def _fitting(folder: Path, about: dict[str, Any]) -> Family:
+    """The family as it is now, built. Raises UserError where the stored weights are not of this version of it."""
+    import torch
+    from safetensors import safe_open
+
+    from genus.contract import build
+    from genus.data.spec import DataSpec
+
+    with torch.random.fork_rng(devices=[]):
+        family = build(about["family"], DataSpec.from_json(about["spec"]), about["params"])
+    wanted = {name: list(tensor.shape) for name, tensor in family.state_dict().items()}
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if wanted != stored:
+        raise UserError(f"{folder}: trained by another version of family '{about['family']}'; train it again")
+    return family
+
+
+def _signature(family: Family, about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
     """Input: a seed a row. Params: what the family's sample() takes by keyword, with its defaults."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    from genus.contract import family_class
+    from genus.contract import Samples
 
-    taken = inspect.signature(family_class(about["family"]).sample).parameters  # type: ignore[attr-defined]
-    defaults = {name: p.default for name, p in taken.items() if name not in ("self", "n", "generator", "cond")}
+    taken = inspect.signature(family.sample).parameters if isinstance(family, Samples) else {}
+    defaults = {name: p.default for name, p in taken.items() if name not in ("n", "generator", "cond")}
     defaults = {name: knobs.get(name, default) for name, default in defaults.items()}
     usable = {name: value for name, value in defaults.items() if isinstance(value, bool | int | float | str)}
     params = [ParamSpec(name, _kind(value), value) for name, value in sorted(usable.items())]

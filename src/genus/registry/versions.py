@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sqlite3
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,6 @@ from genus.registry.package import save
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
 PRIMARY = ("bits_per_dim", "frechet_distance")  # the first that a model has decides; lower is better
@@ -82,93 +84,157 @@ def decide(challenger: Figures | None, champion: Figures | None, version: str | 
     return False, f"{challenger} does not beat version {version}: {champion.value:.4f}"
 
 
-def register(client: MlflowClient, folder: Path, run: Run, figures: Figures | None, knobs: dict[str, Any]) -> str:
+@dataclass
+class Entry:
+    """What the registry holds under one name: tags by version, and versions by alias."""
+
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def of(self, content: str, knobs: dict[str, Any]) -> str | None:
+        """The version with this content that is packaged with these knobs; the newest where there are several."""
+        wanted = {"genus.sha256": content, "genus.knobs": _knobs(knobs)}
+        found = [number for number, tags in self.versions.items() if wanted.items() <= tags.items()]
+        return max(found, key=int, default=None)
+
+
+def register(
+    client: MlflowClient, folder: Path, run: Run, figures: Figures | None, knobs: dict[str, Any], files: str
+) -> str:
     """The version of ``models/<model>/``, registered if its content is new, with its tags and aliases set; its number.
 
-    ``knobs`` are the defaults of the family's sample() that the package gets. Running it again changes nothing.
+    ``knobs`` are the defaults of the family's sample() that the package gets, ``files`` the hash of all the files
+    behind it, by which ``settled`` knows it again. Running it again changes nothing.
     """
-    from mlflow.exceptions import MlflowException
-
     about = read_json(folder / "model.json")
-    name, content = about["name"], tracking.fingerprint(folder)
-    try:
-        aliases = client.get_registered_model(name).aliases
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    name = about["name"]
+    entry = _ask(client, name)
+    if entry is None:
         client.create_registered_model(name, description=f"{about['family']} on {about['dataset']}. {about['paper']}")
-        aliases = {}
-    versions = {version.version: version for version in client.search_model_versions(f"name = '{name}'")}
-    known = [version for version in versions.values() if version.tags.get("genus.sha256") == content]
-    version = known[0] if known else _create(client, folder, about, content, run, knobs)
+        entry = Entry()
+    version = entry.of(tracking.fingerprint(folder), knobs) or _create(client, folder, about, run, knobs)
     tags = figures.tags() if figures else {}
-    holder = str(aliases[CHAMPION]) if CHAMPION in aliases else None
-    if holder != str(version.version):
-        champion = next((Figures.of_tags(v.tags) for v in versions.values() if str(v.version) == holder), None)
-        better, why = decide(figures, champion, holder)
-        tags["genus.decision"] = why
+    holder = entry.aliases.get(CHAMPION)
+    if holder != version:
+        champion = Figures.of_tags(entry.versions.get(holder or "", {}))
+        better, tags["genus.decision"] = decide(figures, champion, holder)
         if better:
             if holder is not None:
                 tags["genus.replaces"] = holder
-            client.set_registered_model_alias(name, CHAMPION, version.version)
+            client.set_registered_model_alias(name, CHAMPION, version)
+    tags["genus.files"] = files  # the last: where it stands, all the rest does
     for key, value in tags.items():
-        if version.tags.get(key) != value:
-            client.set_model_version_tag(name, version.version, key, value)
-    return str(version.version)
+        if entry.versions.get(version, {}).get(key) != value:
+            client.set_model_version_tag(name, version, key, value)
+    return version
 
 
-def _create(
-    client: MlflowClient, folder: Path, about: dict[str, Any], content: str, run: Run, knobs: dict[str, Any]
-) -> ModelVersion:
-    """Packages the model, ties the package to its run and makes a version of it."""
+def settled(files: dict[str, str]) -> bool:
+    """Whether the registry already says all that these files say: {model: hash of the files behind it}. Quick."""
+    entries = _look(files)
+    for name, content in files.items():
+        entry = entries.get(name, Entry())
+        if CHAMPION not in entry.aliases or content not in {t.get("genus.files") for t in entry.versions.values()}:
+            return False
+    return True
+
+
+def _create(client: MlflowClient, folder: Path, about: dict[str, Any], run: Run, knobs: dict[str, Any]) -> str:
+    """Packages the model, ties the package to its run and makes a version of it; the version's number."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-    from mlflow.models import Model
 
-    name, run_id = about["name"], run.info.run_id
-    logged = client.create_logged_model(
-        run.info.experiment_id, name=name, source_run_id=run_id, model_type=about["family"]
-    )
+    name, run_id, experiment = about["name"], run.info.run_id, run.info.experiment_id
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "package"
-        location = logged.artifact_location
-        mlflow_model = Model(location, run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
-        save(folder, path, knobs, mlflow_model)
+        described = save(folder, path, knobs)
+        logged = client.create_logged_model(experiment, name, source_run_id=run_id, model_type=about["family"])
+        described.run_id, described.model_id, described.model_uuid = run_id, logged.model_id, logged.model_id
+        described.save(str(path / "MLmodel"))
         client.log_model_artifacts(logged.model_id, str(path))
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=about["steps"])])
-    return client.create_model_version(
+    made = client.create_model_version(
         name,
         source=f"models:/{logged.model_id}",
         run_id=run_id,
         model_id=logged.model_id,
-        tags={"genus.sha256": content, "genus.family": about["family"], "genus.data_sha256": about["data_sha256"]},
+        tags={
+            "genus.sha256": tracking.fingerprint(folder),
+            "genus.knobs": _knobs(knobs),
+            "genus.family": about["family"],
+            "genus.data_sha256": about["data_sha256"],
+        },
         description=f"{about['paper']}. {about['parameters']:,} parameters, {about['steps']:,} steps.",
     )
+    return str(made.version)
+
+
+def _knobs(knobs: dict[str, Any]) -> str:
+    return json.dumps(knobs, sort_keys=True)
 
 
 def status(models: Iterable[str], root: str | Path = "models") -> dict[str, dict[str, Any]]:
     """{model: {"version": "3", "aliases": ["champion"]}} of those that are registered: the version of the files
-    under ``root``, or the newest where there are none. Empty where there is no store or none that answers.
+    under ``root``, or the newest where they have none. Empty where no store answers. Quick.
     """
-    address = tracking.uri()
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).exists():
-        return {}
-    client = tracking.client()
     table: dict[str, dict[str, Any]] = {}
-    for name in models:
+    for name, entry in _look(models).items():
         try:
-            versions = client.search_model_versions(f"name = '{name}'")
-            aliases = client.get_registered_model(name).aliases if versions else {}
-        except tracking.problems():
-            return table
-        if versions:
-            newest = max(versions, key=lambda version: int(version.version))
-            try:
-                content = tracking.fingerprint(Path(root) / name)
-            except UserError:
-                content = ""
-            same = [version for version in versions if version.tags.get("genus.sha256") == content]
-            shown = str((same or [newest])[0].version)
-            pointing = sorted(alias for alias, version in aliases.items() if str(version) == shown)
-            table[name] = {"version": shown, "aliases": pointing}
+            content = tracking.fingerprint(Path(root) / name)
+        except UserError:
+            content = ""
+        same = [number for number, tags in entry.versions.items() if tags.get("genus.sha256") == content]
+        version = max(same or entry.versions, key=int)
+        table[name] = {"version": version, "aliases": sorted(a for a, v in entry.aliases.items() if v == version)}
     return table
+
+
+def _look(models: Iterable[str]) -> dict[str, Entry]:
+    """What the registry holds of these models, without importing MLflow (seconds) where its database is a local file.
+
+    Only versions whose run is there. Where the tables are not as this MLflow has them, the client is asked.
+    """
+    models, address = list(models), tracking.uri()
+    if address.startswith("sqlite:///"):
+        database = Path(address.removeprefix("sqlite:///"))
+        if not database.exists():
+            return {}
+        with contextlib.suppress(sqlite3.Error):
+            return _read(database, models)
+    try:
+        client = tracking.client()
+        answers = {name: _ask(client, name) for name in models}
+    except tracking.problems():
+        return {}
+    return {name: entry for name, entry in answers.items() if entry is not None and entry.versions}
+
+
+def _ask(client: MlflowClient, name: str) -> Entry | None:
+    """What the registry holds under a name, None where it does not know it. Raises what MLflow raises."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    versions = client.search_model_versions(f"name = '{name}'")
+    return Entry({str(v.version): dict(v.tags) for v in versions}, {a: str(v) for a, v in aliases.items()})
+
+
+def _read(database: Path, models: list[str]) -> dict[str, Entry]:
+    """The same from the database's tables. Raises sqlite3.Error where they are others."""
+    found: dict[str, Entry] = {}
+    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as store:
+        with_run = "FROM model_versions JOIN runs ON run_id = run_uuid WHERE lifecycle_stage = 'active'"
+        for name, version in store.execute(f"SELECT model_versions.name, version {with_run}"):
+            if name in models:
+                found.setdefault(name, Entry()).versions[str(version)] = {}
+        for name, version, key, value in store.execute("SELECT name, version, key, value FROM model_version_tags"):
+            if name in found and str(version) in found[name].versions:
+                found[name].versions[str(version)][key] = value
+        for name, alias, version in store.execute("SELECT name, alias, version FROM registered_model_aliases"):
+            if name in found:
+                found[name].aliases[alias] = str(version)
+    return {name: found[name] for name in models if name in found}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,31 +34,39 @@ def reconcile(models: list[str]) -> dict[str, Any]:
     params = config.load()
 
     from genus import progress, tracking
-    from genus.registry import Figures, register
+    from genus.registry import Figures, register, settled
 
-    client = tracking.client()
+    knobs = {name: params.model(name).evaluate.knobs for name in models}
+    abouts = {name: read_json(f"models/{name}/model.json") for name in models}
+    metrics = {name: read_json(f"reports/metrics/{name}.json") for name in models}
+    timing = {name: read_json(f"reports/timing/{name}.json") for name in models}
+    contents = {name: tracking.fingerprint(Path("models") / name) for name in models}
+    figures = {name: Figures.of(metrics[name], abouts[name]["data_sha256"]) for name in models}
+    table = {name: _row(contents[name], figures[name]) for name in models}
+    files = {name: _hash([contents[name], metrics[name], timing[name], knobs[name]]) for name in models}
+    if settled(files):
+        return table
     Path(".genus").mkdir(exist_ok=True)
-    table: dict[str, Any] = {}
+    client = tracking.client()
     try:
         # One at a time: two collections may hold the same model, and each would register it.
         with open(".genus/register.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for done, name in enumerate(models):
-                folder = Path("models") / name
-                about = read_json(folder / "model.json")
-                metrics = read_json(f"reports/metrics/{name}.json")
-                figures = Figures.of(metrics, about["data_sha256"])
-                found = _run(client, folder, about)
-                _evaluation(client, found, metrics, read_json(f"reports/timing/{name}.json"))
-                register(client, folder, found, figures, params.model(name).evaluate.knobs)
-                table[name] = _row(tracking.fingerprint(folder), figures)
-                progress.report(done + 1, len(models), unit="model")
+            for done, name in enumerate(models, 1):
+                found = _run(client, Path("models") / name, abouts[name])
+                _evaluation(client, found, metrics[name], timing[name])
+                register(client, Path("models") / name, found, figures[name], knobs[name], files[name])
+                progress.report(done, len(models), unit="model")
     except tracking.problems() as error:
         why = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register` tries again"
         ) from error
     return table
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _row(content: str, figures: Figures | None) -> dict[str, Any]:
