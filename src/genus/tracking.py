@@ -54,6 +54,7 @@ def prepare() -> str:
     )  # else a server that is down holds a training for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     address = uri()
     if not address.startswith("sqlite:///"):
         return address
@@ -92,7 +93,12 @@ def client() -> MlflowClient:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(address)  # its registry looks a version's package up through this global
+    # Its registry looks a version's package up through this global, which is an environment variable besides:
+    # as such it would outlive a change of folder.
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(address)
+    if given is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     return MlflowClient(address, address)
 
 

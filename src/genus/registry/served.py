@@ -28,8 +28,12 @@ class Sampler(PythonModel):
         if str(code) not in sys.path:
             sys.path.append(str(code))
         importlib.invalidate_caches()
-        spec = importlib.import_module(f"{package}.data.spec").DataSpec.from_json(about["spec"])
-        family = importlib.import_module(f"{package}.families.{about['family'].replace('/', '.')}").Model
+        compiled, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the package stays as it was made
+        try:
+            spec = importlib.import_module(f"{package}.data.spec").DataSpec.from_json(about["spec"])
+            family = importlib.import_module(f"{package}.families.{about['family'].replace('/', '.')}").Model
+        finally:
+            sys.dont_write_bytecode = compiled
         state = torch.random.get_rng_state()  # building draws weights that the stored ones replace: leave no trace
         self.model = family(spec, **about["params"])
         torch.random.set_rng_state(state)
