@@ -110,22 +110,25 @@ class Cost:
 def results(models: Collection[str], versions: dict[str, str]) -> Table:
     """One line a model, from the files that the stages left; ``versions`` is what the registry says of each."""
     table = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for heading in ("family", "paper"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("bits/dim", "Fréchet distance", "train s", "ms/image"):
-        table.add_column(heading, justify="right")
+    for heading in ("model", "family", "paper"):
+        table.add_column(heading, no_wrap=heading == "model", overflow="fold")
+    for heading in ("bits/dim", "Fréchet", "share", "floor", "n", "train s", "ms/image"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("registry", no_wrap=True)
     for model in models:
-        about = _read(Path("models") / model / "model.json")
-        metrics, timing = _read(Path(f"reports/metrics/{model}.json")), _read(Path(f"reports/timing/{model}.json"))
-        timing = _read(Path(f"reports/timing/train/{model}.json")) | timing
+        about = _read(f"models/{model}/model.json")
+        metrics = _read(f"reports/metrics/{model}.json")
+        timing = _read(f"reports/timing/train/{model}.json") | _read(f"reports/timing/{model}.json")
+        bits, distance = metrics.get("bits_per_dim") or {}, metrics.get("frechet_distance") or {}
         table.add_row(
             model,
             about.get("family", "-"),
             about.get("paper", "-"),
-            _bits(metrics.get("bits_per_dim")),
-            _distance(metrics.get("frechet_distance")),
+            " ".join(filter(None, (_number(bits.get("value"), ".3f"), bits.get("kind")))),
+            _number(distance.get("value"), ".1f"),
+            _number(distance.get("relative"), ".3f"),  # of the Gaussian control's distance
+            _number(distance.get("floor"), ".2f"),
+            _number(distance.get("n"), ",.0f"),
             _number(timing.get("train_seconds"), ".0f"),
             _number(timing.get("sample_ms"), ".3g"),
             versions.get(model, "-"),
@@ -133,29 +136,13 @@ def results(models: Collection[str], versions: dict[str, str]) -> Table:
     return table
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
     """A stage's JSON; empty where the stage has not run."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if Path(path).exists() else {}
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _bits(metric: dict[str, Any] | None) -> str:
-    if not metric or metric.get("value") is None:
-        return "-"
-    return f"{metric['value']:.3f} {metric.get('kind', '')}".strip()
-
-
-def _distance(metric: dict[str, Any] | None) -> str:
-    """Distance, its share of the Gaussian control's, and the floor at the same n."""
-    if not metric or metric.get("value") is None:
-        return "-"
-    share = f", share {metric['relative']:.2f}" if metric.get("relative") is not None else ""
-    floor = f", floor {metric['floor']:.3g}" if metric.get("floor") is not None else ""
-    size = f", n {metric['n']:,}" if metric.get("n") is not None else ""
-    return f"{metric['value']:.1f}{share}{floor}{size}"
 
 
 def seconds_by_stage(ran: Collection[Ran]) -> str:

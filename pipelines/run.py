@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -33,7 +34,8 @@ def run(
     Where DVC says that nothing has changed, Prefect is not even imported: its server would cost more than the rest.
     """
     quieten()
-    console = console or Console(highlight=False)
+    # A file or a pipe has no width of its own: 150 columns hold the table.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     started = time.monotonic()
     params = config.load()
     with one_run_at_a_time():

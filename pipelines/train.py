@@ -22,6 +22,8 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging.configuration import setup_logging
+from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
@@ -94,6 +96,12 @@ def walk(
 
     @flow(name="stages", task_runner=threads, persist_result=False)
     def stages(waiting: list[str], forced: list[str]) -> None:
+        with _ending(children):  # inside the flow, for Prefect sets a handler of its own when a flow begins
+            in_order(waiting, forced)
+        if walked.failed:
+            raise RunFailed(", ".join(failure.stage for failure in walked.failed))
+
+    def in_order(waiting: list[str], forced: list[str]) -> None:
         futures: dict[str, PrefectFuture[Any]] = {}
         running: dict[str, Slot] = {}
         left = list(waiting)
@@ -124,13 +132,11 @@ def walk(
                     screen.set(lost, "left out", note=f"{stage} failed")
             else:
                 finished.add(stage)
-        if walked.failed:
-            raise RunFailed(", ".join(failure.stage for failure in walked.failed))
 
     for stage in plan.stages:
         if stage not in waiting:
             screen.set(stage, "cached")
-    with screen, _ending(children), _prefect_into_log(), suppress(RunFailed):  # its stages are in ``walked``
+    with screen, _prefect_into_log(), suppress(RunFailed):  # its stages are in ``walked``
         stages(list(waiting), sorted(forced))
     write_json(SECONDS, seconds | {done.stage: done.seconds for done in walked.ran if done.ran})
     return walked
@@ -179,16 +185,15 @@ def _gpus() -> list[str]:
 def _ending(children: Children) -> Iterator[None]:
     """Whatever ends the block, a signal or an error, no process of a stage outlives it by more than 5 s.
 
-    Prefect's own handler leaves the children running, so ours stands in front of it until the block ends. It does not
-    wait for Prefect to tell its server, which may have had the same Ctrl-C.
+    Prefect's own handler leaves the children running and waits for a server that may have had the same Ctrl-C, so for
+    the time of the block ours takes its place.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
         children.stop()
-        # Prefect may wait for its server before it lets the exception through.
-        leave = threading.Timer(1.5, os._exit, [128 + number])
-        leave.daemon = True
-        leave.start()
+        timer = threading.Timer(1.0, _leave, [128 + number])  # Prefect may wait much longer before it lets go
+        timer.daemon = True
+        timer.start()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     before: dict[int, Any] = {}
@@ -202,6 +207,13 @@ def _ending(children: Children) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _leave(status: int) -> None:
+    server = SubprocessASGIServer().server_process  # the one that Prefect started for this process, if it did
+    if server:
+        server.kill()
+    os._exit(status)
+
+
 @contextmanager
 def _prefect_into_log() -> Iterator[None]:
     """Prefect's own lines go to logs/prefect.log for the time of the block: the terminal belongs to the stages."""
@@ -210,11 +222,12 @@ def _prefect_into_log() -> Iterator[None]:
     handler = logging.FileHandler(PREFECT_LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     changed: list[tuple[logging.Logger, list[logging.Handler]]] = []
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("prefect")]:
-        logger = logging.getLogger(name)
-        if logger.handlers:
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("prefect")]
+    for logger in (logging.root, *(logging.getLogger(name) for name in names)):
+        spoken = [old for old in logger.handlers if isinstance(old, PrefectConsoleHandler)]
+        if spoken:
             changed.append((logger, logger.handlers))
-            logger.handlers = [handler, *(h for h in logger.handlers if not isinstance(h, logging.StreamHandler))]
+            logger.handlers = [handler, *(old for old in logger.handlers if old not in spoken)]
     try:
         yield
     finally:

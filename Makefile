@@ -1,0 +1,43 @@
+# `make run` on a fresh clone makes .venv from requirements.lock and brings the default collection up to date.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run run-all test lint ui schedule gpu-check bench clean
+.DEFAULT_GOAL := run
+
+run: .venv/stamp          # one good model of each family on Fashion-MNIST
+	@$(BIN)/genus run $(ARGS)
+
+run-all: .venv/stamp      # every model of params.yaml
+	@$(BIN)/genus run --all $(ARGS)
+
+test: .venv/stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: .venv/stamp           # MLflow: runs, sample grids, registry
+	@$(BIN)/genus ui
+
+schedule: .venv/stamp     # nightly, on changed data, or by hand, until Ctrl-C
+	@$(BIN)/python -m pipelines.schedule $(ARGS)
+
+gpu-check: .venv/stamp    # one line where there is no GPU
+	@$(BIN)/genus gpu-check
+
+bench: .venv/stamp        # side by side with peer libraries
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:                    # what a run can make again; data/raw, the DVC cache and the tracking store stay
+	rm -rf .genus logs models/*/ reports data/processed data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+
+# A half-made environment has no stamp and is made anew.
+.venv/stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Genus needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
