@@ -1,0 +1,278 @@
+"""Tracking: nothing is lost and nothing is said twice, whoever is killed and whatever is away."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.exceptions import MlflowException
+
+from genus import tracking
+from genus.errors import UserError
+from genus.stages import register
+from tests.registry.workspace import MODEL, workspace, write_figures, write_model, write_params
+
+__all__ = ["workspace"]  # a fixture
+DESCRIPTION = {"sha256": "cd" * 32, "spec": {"shape": [1, 8, 8]}, "counts": {"train": 9}}
+PICTURE = np.zeros((8, 8), np.uint8)
+
+
+def start(key: str = "k", model: str = "m", **params: Any) -> Any:
+    return tracking.training_run("digits", model, params, {"genus.key": key}, DESCRIPTION)
+
+
+def row(step: int) -> dict[str, float]:
+    return {"step": float(step), "learning_rate": 0.1, "loss": 1 / step}
+
+
+def runs(model: str = "m") -> list[Any]:
+    client = tracking.client()
+    experiment = client.get_experiment_by_name("digits")
+    found = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{model}'") if experiment else []
+    return list(found)
+
+
+def steps(run: Any, metric: str = "loss") -> list[int]:
+    return sorted(entry.step for entry in tracking.client().get_metric_history(run.info.run_id, metric))
+
+
+def in_process(target: Callable[..., None], *arguments: Any) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def test_a_run_holds_what_a_reviewer_looks_for(workspace: Path) -> None:
+    Path("requirements.lock").write_text("torch==1\n")
+    subprocess.run("git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m x", shell=True)
+    with start(family="f", train={"steps": 5, "betas": {"first": 0.9}}) as run:
+        for step in range(1, 6):
+            run.log(row(step))
+        run.image(PICTURE, 5)
+        run.tag(**{"genus.note": 7})
+        run.artifact("requirements.lock")
+    (stored,) = runs()
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params == {"family": "f", "train.steps": "5", "train.betas.first": "0.9"}
+    assert steps(stored) == [1, 2, 3, 4, 5]
+    expected = {"genus.key", "genus.note", "env.python", "env.torch", "env.machine", "env.threads", "env.device"}
+    expected |= {"mlflow.source.git.commit", "genus.uncommitted", "genus.requirements_sha256"}
+    assert expected <= set(stored.data.tags)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert stored.data.tags["mlflow.source.git.commit"] == head
+    (data,) = stored.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("digits", ("cd" * 32)[:36])
+    names = [file.path for file in tracking.client().list_artifacts(stored.info.run_id)]
+    assert {"images", "requirements.lock"} <= set(names)
+
+
+def test_rows_are_written_in_batches(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    sizes = []
+    real = MlflowClient.log_batch
+
+    def counting(self: Any, run_id: str, metrics: Any = (), **rest: Any) -> Any:
+        sizes.append(len(metrics))
+        return real(self, run_id, metrics=metrics, **rest)
+
+    with start() as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", counting)
+        monkeypatch.setattr(run, "_next", time.monotonic() + 60)
+        for step in range(1, 1201):
+            run.log(row(step))
+        assert sizes == []
+    assert sizes == [1000, 1000, 400]
+    assert steps(runs()[0]) == list(range(1, 1201))
+
+
+def test_a_training_that_raises_has_failed(workspace: Path) -> None:
+    with pytest.raises(ZeroDivisionError), start() as run:
+        run.log(row(1))
+        1 / 0  # noqa: B018
+    (stored,) = runs()
+    assert stored.info.status == "FAILED" and steps(stored) == [1]
+
+
+def test_a_killed_training_goes_on_in_the_same_run(workspace: Path) -> None:
+    def killed() -> None:
+        with start() as run:
+            for step in range(1, 51):
+                run.log(row(step))
+                if step in (20, 40):
+                    run.image(PICTURE, step)
+            run.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = in_process(killed)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (stored,) = runs()
+    assert stored.info.status == "RUNNING" and steps(stored)[-1] == 50
+    with start() as run:  # from the checkpoint at step 30: 31 … 50 come a second time
+        for step in range(31, 81):
+            run.log(row(step))
+            if step in (40, 60):
+                run.image(PICTURE, step)
+    (stored,) = runs()
+    assert stored.info.status == "FINISHED"
+    assert steps(stored) == list(range(1, 81))
+    pictures = {file.path.split("+")[2] for file in tracking.client().list_artifacts(stored.info.run_id, "images")}
+    assert pictures == {"20", "40", "60"}
+    assert len(tracking.client().list_artifacts(stored.info.run_id, "images")) == 6  # each with its thumbnail
+    with start() as run:  # trained again from the beginning: a run of its own
+        run.log(row(1))
+    with start(key="other") as run:
+        run.log(row(1))
+    assert len(runs()) == 3
+
+
+def test_sigterm_closes_the_run_as_killed(workspace: Path) -> None:
+    def trains(ready: Any) -> None:
+        with start() as run:
+            run.log(row(1))
+            ready.set()
+            time.sleep(60)
+
+    ready = multiprocessing.get_context("fork").Event()
+    process = in_process(trains, ready)
+    assert ready.wait(60)
+    assert process.pid
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+    (stored,) = runs()
+    assert stored.info.status == "KILLED" and steps(stored) == [1]
+
+
+def test_several_processes_start_at_once_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def trains(number: int) -> None:
+        with start(key=str(number), model=f"m{number}") as run:
+            for step in range(1, 101):
+                run.log(row(step))
+                if step % 25 == 0:
+                    run.flush()
+
+    processes = [in_process(trains, number) for number in range(4)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    for number in range(4):
+        (stored,) = runs(f"m{number}")
+        assert stored.info.status == "FINISHED" and steps(stored) == list(range(1, 101))
+    left = {path.name for path in (tmp_path / "mlflow").iterdir()}
+    assert left == {"mlflow.db", "mlflow.lock"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow"]  # nothing of MLflow's own defaults beside
+
+
+def test_a_store_that_is_away_loses_no_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with start() as run:
+        for step in range(1, 100):
+            run.log(row(step))
+            run.image(PICTURE, step)
+    assert time.monotonic() - began < 20
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "tracking store" in line]
+    assert len(warnings) == 1 and "training goes on" in warnings[0] and "genus register" in warnings[0]
+
+
+def test_what_could_not_be_written_comes_later(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, away = tracking._begin, [True]
+
+    def begin(*arguments: Any) -> Any:
+        if away[0]:
+            raise MlflowException("no route to the store")
+        return real(*arguments)
+
+    monkeypatch.setattr(tracking, "_begin", begin)
+    monkeypatch.setattr(tracking, "PAUSE", 0.0)
+    with start() as run:
+        run.log(row(1))
+        run.image(PICTURE, 1)
+        run.tag(note="early")
+        away[0] = False
+        run.log(row(2))
+    (stored,) = runs()
+    assert stored.info.status == "FINISHED" and steps(stored) == [1, 2]
+    assert stored.data.tags["note"] == "early"
+    assert len(tracking.client().list_artifacts(stored.info.run_id, "images")) == 2
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("mlflow").write_text("in the way")
+    with pytest.raises(UserError, match=r"mlflow.db: the tracking store cannot be made: "):
+        tracking.prepare()
+
+
+@pytest.fixture
+def server(workspace: Path) -> Iterator[str]:
+    """``genus ui`` on a port of its own: a real MLflow server for the workspace's store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open("server.log", "w") as log:
+        command = [sys.executable, "-c", f"from genus import tracking; tracking.serve({port})"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + 120
+            while not _answers(address):
+                assert process.poll() is None and time.monotonic() < deadline, Path("server.log").read_text()
+                time.sleep(0.2)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_a_server_works_like_the_local_store(server: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    assert f"registry     {server}/#/models" in Path("server.log").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    write_params(MODEL)
+    write_model()
+    write_figures(frechet_distance=40.0)
+    with start(model=MODEL) as run:
+        run.log(row(1))
+        run.image(PICTURE, 1)
+        run.finished(Path("models") / MODEL)
+    register.run("smoke")
+    (stored,) = runs(MODEL)
+    assert stored.info.artifact_uri.startswith("mlflow-artifacts:/")  # no path of this machine
+    assert stored.info.status == "FINISHED" and steps(stored) == [1]
+    client = tracking.client()
+    assert {"images", "model.json"} <= {file.path for file in client.list_artifacts(stored.info.run_id)}
+    from genus import registry
+
+    assert registry.status([MODEL]) == {MODEL: {"version": "1", "aliases": ["champion"]}}
+    loaded = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion", suppress_warnings=True)
+    assert loaded.predict(pd.DataFrame({"seed": [1, 2]})).shape == (2, 1, 8, 8)
