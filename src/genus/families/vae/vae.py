@@ -1,0 +1,143 @@
+"""Convolutional variational autoencoder with a discretised likelihood.
+
+Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114; the importance-weighted bound is that of
+Burda et al. 2015, arXiv:1509.00519; the likelihood, a mixture of logistics a pixel, that of PixelCNN++.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from genus.contract import Batch, Family, Terms
+from genus.data.spec import DataSpec
+from genus.nn import logistic
+
+
+class ChannelsLast(nn.Module):
+    """The same values, laid out as [B, H, W, C]: small convolutions run up to twice as fast on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class VAE(Family):
+    """p(z) = N(0, I); q(z|x) = N(mean, diag) from one network; p(x|z), from another, a mixture of logistics a pixel.
+
+    The convolutions stand at a half and a quarter of the resolution, the fully connected layers hold most parameters:
+    on centred images that buys more likelihood a CPU second than convolutions at full resolution. Height and width
+    must be multiples of 4 (ValueError).
+    """
+
+    paper = "Kingma & Welling 2013, arXiv:1312.6114"
+    density = "elbo"
+
+    def __init__(self, spec: DataSpec, *, latent: int = 32, channels: int = 24, hidden: int = 320, mixtures: int = 3):
+        super().__init__(spec)
+        colours, height, width = spec.shape
+        if height % 4 or width % 4:
+            raise ValueError(f"a {height}x{width} image: height and width must be multiples of 4")
+        self.latent, self.mixtures = latent, mixtures
+        low = (2 * channels, height // 4, width // 4)
+        self.encoder = nn.Sequential(
+            ChannelsLast(),
+            nn.Conv2d(colours, channels, 4, stride=2, padding=1),  # [channels, H/2, W/2]
+            nn.ReLU(),
+            nn.Conv2d(channels, low[0], 4, stride=2, padding=1),  # [2 channels, H/4, W/4]
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(math.prod(low), hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 2 * latent),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, math.prod(low)),
+            nn.ReLU(),
+            nn.Unflatten(1, low),
+            ChannelsLast(),
+            nn.Conv2d(low[0], 4 * channels, 1),
+            nn.PixelShuffle(2),  # [channels, H/2, W/2]
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, 3 * mixtures * 4 * colours, 1),
+        )
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of q(z|x), each [B, latent]."""
+        mean, log_std = self.encoder(x).to(x.dtype).chunk(2, dim=1)  # x's: exp() of autocast's bf16 is coarse
+        return mean, log_std
+
+    def likelihood(self, z: Tensor) -> Tensor:
+        """Parameters of p(x|z), for the image folded 2x2 into channels: [B, 3 * mixtures, 4C, H/2, W/2]."""
+        return self.decoder(z).contiguous().unflatten(1, (3 * self.mixtures, -1))
+
+    def loss(self, batch: Batch, *, generator: Generator) -> Terms:
+        """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10)."""
+        mean, log_std = self.posterior(batch.x)
+        log_px = self._log_likelihood(batch.x, _draw(mean, log_std, generator))
+        kl = kl_to_prior(mean, log_std).mean()
+        loss = kl - log_px.mean()
+        return {"loss": loss, "kl": kl.detach(), "bits_per_dim": loss.detach() / (self.spec.dims * math.log(2))}
+
+    def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
+        """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation."""
+        mean, log_std = self.posterior(batch.x)
+        return self._log_likelihood(batch.x, _draw(mean, log_std, generator)) - kl_to_prior(mean, log_std)
+
+    def iwae(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
+        """The importance-weighted bound from ``k`` draws (Burda et al. 2015, eq. 8): [B] nats, tighter as k grows."""
+        mean, log_std = self.posterior(batch.x)
+        weights = []
+        for _ in range(k):
+            z = _draw(mean, log_std, generator)
+            log_ratio = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) - _log_normal(z, mean, log_std)
+            weights.append(self._log_likelihood(batch.x, z) + log_ratio)
+        return torch.stack(weights).logsumexp(0) - math.log(k)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The posterior's mean: [B, latent]."""
+        return self.posterior(x)[0]
+
+    def decode(self, code: Tensor) -> Tensor:
+        """The expected image of p(x|z): [B, C, H, W]."""
+        return F.pixel_shuffle(logistic.mean(self.likelihood(code)), 2)
+
+    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, temperature: float = 0.0) -> Tensor:
+        """Images from the prior: [n, C, H, W].
+
+        ``temperature`` 0 shows the expected image of p(x|z), what VAE papers print; 1 draws every pixel from its
+        mixture, which is the distribution that ``log_prob`` speaks of: independent noise in each pixel.
+        """
+        z = torch.randn(n, self.latent, generator=generator, device=generator.device)
+        if temperature == 0:
+            return self.decode(z)
+        likelihood = self.likelihood(z)
+        x = logistic.sample(likelihood, self.spec.levels, generator=generator, temperature=temperature)
+        return F.pixel_shuffle(x, 2)
+
+    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        folded = F.pixel_unshuffle(x, 2)
+        return logistic.log_prob(self.likelihood(z), folded, self.spec.levels).flatten(1).sum(1)
+
+
+def kl_to_prior(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_std)^2) || N(0, I)) in nats, summed over the code: [B]."""
+    return 0.5 * (mean**2 + torch.expm1(2 * log_std) - 2 * log_std).sum(1)
+
+
+def _draw(mean: Tensor, log_std: Tensor, generator: Generator) -> Tensor:
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + log_std.exp() * noise
+
+
+def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    return (-0.5 * ((z - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+
+
+Model = VAE
