@@ -326,8 +326,9 @@ def _experiment(store: MlflowClient, name: str) -> str:
         address = uri()
         # A server keeps artifacts where it wants; a database on disk keeps them beside itself.
         beside = Path(address.removeprefix("sqlite:///")).parent / "artifacts" / name
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for agents
         try:
-            return store.create_experiment(name, str(beside) if address.startswith("sqlite:///") else None)
+            return store.create_experiment(name, str(beside) if address.startswith("sqlite:///") else None, tags=kind)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -55,7 +55,7 @@ def test_fills_an_empty_store_from_the_files() -> None:
     ((status, params, tags, history, files, pictures, data),) = content[f"run {MODEL}"]
     assert status == "FINISHED"
     assert params["train.batch_size"] == "8" and params["family"] == "vae/vae"
-    assert tags["test/bits_per_dim_kind"] == "elbo" and tags["genus.filled"]
+    assert tags["test details/bits_per_dim_kind"] == "elbo" and tags["genus.filled"]
     assert history["loss"] == [[10, 1.0], [20, 0.5], [30, 10 / 30]]
     assert history["rare"] == [[20, 20.0]]
     assert history["test/bits_per_dim"] == [[0, 3.5]] and history["timing/sample_ms"] == [[0, 1.5]]

@@ -124,10 +124,10 @@ def _evaluation(client: MlflowClient, run: StoredRun, metrics: dict[str, Any], t
     tags = {}
     for name, found in metrics.items():
         for part, value in found.items() if isinstance(found, dict) else {"value": found}.items():
-            label = f"test/{name}" if part == "value" else f"test/{name}_{part}"
+            label = f"test/{name}" if part == "value" else f"test details/{name}_{part}"  # a section each in the UI
             if _is_number(value):
                 figures[label] = float(value)
-            elif isinstance(value, str):
+            elif isinstance(value, str) and value:
                 tags[label] = value
     new = {name: value for name, value in figures.items() if run.data.metrics.get(name) != value}
     tracking.add(client, run, new, {k: v for k, v in tags.items() if run.data.tags.get(k) != v})
