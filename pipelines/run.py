@@ -12,7 +12,7 @@ from rich.console import Console
 from genus import config
 from genus.errors import UserError
 from genus.quiet import quieten
-from pipelines import outcome, plan
+from pipelines import outcome, plan, server
 from pipelines.children import one_run_at_a_time
 
 
@@ -42,11 +42,13 @@ def run(
         todo = plan.make(params, collection=collection, models=models, datasets=datasets)
         forced = set(todo.stages) if force else set(refresh)
         waiting = todo.waiting(forced)
-        _check_models(params, waiting)
         walked = None
         if waiting:
+            ready = server.start()
+            _check_models(params, waiting)  # imports torch, and the next line Prefect, while the server starts
             from pipelines.train import walk
 
+            ready()
             walked = walk(todo, waiting, forced, params, jobs, console)
             for failure in walked.failed:
                 console.print(f"failed   {failure}", style="red", markup=False, soft_wrap=True)

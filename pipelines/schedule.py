@@ -10,15 +10,9 @@ parameters of pipelines.train.train.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,13 +25,12 @@ from genus.quiet import quieten
 quieten()
 
 from prefect import flow  # noqa: E402 (its settings are read when it is imported)
-from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 
-from pipelines.children import LOGS, STATE  # noqa: E402
+from pipelines import server  # noqa: E402
+from pipelines.children import STATE  # noqa: E402
 from pipelines.train import train  # noqa: E402
 
 SEEN = STATE / "sources.json"  # content of each data set's raw files when it was last brought in
-ADDRESS = "http://127.0.0.1:4200/api"
 
 
 def content(dataset: config.Dataset) -> str:
@@ -85,40 +78,6 @@ def deployments(
     ]
 
 
-@contextlib.contextmanager
-def server() -> Iterator[None]:
-    """The server of PREFECT_API_URL, else one of our own for the time of the block."""
-    if PREFECT_API_URL.value():
-        yield
-        return
-    LOGS.mkdir(exist_ok=True)
-    with (LOGS / "prefect-server.log").open("wb") as log:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", "4200"]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        _wait_for(process)
-        with temporary_settings({PREFECT_API_URL: ADDRESS}):
-            yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait_for(process: subprocess.Popen[bytes], limit: float = 120) -> None:
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{ADDRESS}/health", timeout=2).close()
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(0.2)
-        else:
-            return
-    raise UserError(f"Prefect's server does not start: {LOGS}/prefect-server.log says why")
-
-
 def main() -> None:
     """Serves the deployments until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.schedule", description=(__doc__ or "").split("\n")[0])
@@ -130,8 +89,8 @@ def main() -> None:
 
     try:
         config.load().collection(asked.collection)
-        with server():
-            serve(*deployments(asked.cron, asked.poll, asked.collection), limit=1)
+        server.start(port=4200, services=True)()
+        serve(*deployments(asked.cron, asked.poll, asked.collection), limit=1)
     except UserError as error:
         print(f"genus: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,13 +23,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
-from prefect.server.api.server import SubprocessASGIServer
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from genus.config import Params
 from genus.files import write_json
-from pipelines import run
+from pipelines import run, server
 from pipelines.children import LOGS, STATE, Children, Ran, StageFailed
 from pipelines.plan import TRAINS_OR_SAMPLES, Plan, kind
 from pipelines.screen import Screen
@@ -208,9 +207,7 @@ def _ending(children: Children) -> Iterator[None]:
 
 
 def _leave(status: int) -> None:
-    server = SubprocessASGIServer().server_process  # the one that Prefect started for this process, if it did
-    if server:
-        server.kill()
+    server.kill()
     os._exit(status)
 
 

@@ -35,7 +35,7 @@ elif stage == "judge":
 elif stage == "train":
     for file in ("weights.safetensors", "history.csv", "samples.png"):
         write(f"models/{name}/{file}", f"{name} {params['models'][name]['train']['steps']}")
-    write(f"models/{name}/model.json", json.dumps({"family": "flows/glow", "paper": "A & B 2018"}))
+    write(f"models/{name}/model.json", json.dumps({"name": name, "family": "flows/glow", "paper": "A & B 2018"}))
     write(f"reports/timing/train/{name}.json", json.dumps({"train_seconds": time.time()}))
 elif stage == "evaluate":
     bits = {"value": 3.14159, "kind": "dequantised", "n": 100}

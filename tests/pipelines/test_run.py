@@ -68,10 +68,12 @@ def test_failed_stage_leaves_out_its_descendants_only(toy: Path, monkeypatch: py
 
 
 def test_force_reruns_the_selected(toy: Path) -> None:
-    assert go(datasets=["fashion-mnist"])[0] == 0
-    first = ran(toy)
-    assert go(datasets=["fashion-mnist"], force=True, jobs=1)[0] == 0
-    assert sorted(ran(toy)) == sorted(first * 2)
+    params = toy / "params.yaml"
+    alone = "options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}\nmodels:"
+    params.write_text(params.read_text().replace("models:", f"  new: {{source: digits, {alone}", 1))
+    stages = ["ingest@new", "validate@new", "judge@new"]
+    assert go(datasets=["new"])[0] == 0 and ran(toy) == stages
+    assert go(datasets=["new"], force=True, jobs=1)[0] == 0 and ran(toy) == stages * 2
 
 
 def test_reproduced_compares_with_the_committed_lock(toy: Path) -> None:

@@ -6,14 +6,16 @@ gathers each split from the spool, in chunks, into memory-mappable arrays and th
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
+import json
 import os
 import re
 import shutil
+import zipfile
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,9 +26,11 @@ from genus.config import Dataset
 from genus.data.loaders import SPLITS
 from genus.data.sources import Broken, Example, open_source
 from genus.errors import UserError
-from genus.files import replacing, sha256, write_json
+from genus.files import replacing, sha256
 
-CHUNK = 1 << 21  # bytes of images that are worked on at once
+CHUNK = 1 << 19  # bytes of images, and
+ROWS = 1 << 10  # images that are worked on at once
+ROW_GROUP = 1 << 13  # rows of the table that are written at once
 KEPT = 1000  # broken files that are copied; the table names all
 TEST_SEED = 0  # a carved test split does not follow the seed: figures of different seeds stay comparable
 
@@ -69,7 +73,8 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
             "licence": about.licence,
             "source": about.source,
         }
-        write_json(folder / "dataset.json", description)
+        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+        (folder / "dataset.json").write_text(text, encoding="utf-8")
     return description
 
 
@@ -145,6 +150,7 @@ def _write_splits(
 
     numbers = {"label": pa.int64(), "mean": pa.float64(), "std": pa.float64(), "min": pa.int64(), "max": pa.int64()}
     schema = pa.schema({"split": pa.string(), **numbers, "entropy": pa.float64(), "sha1": pa.string()})
+    waiting: list[pa.Table] = []
     with parquet.ParquetWriter(folder / "table.parquet", schema) as table, open(spool, "rb") as file:
         for index, split in enumerate(SPLITS):
             members = np.flatnonzero(where == index)
@@ -155,7 +161,12 @@ def _write_splits(
                 for chosen, images in _gather(file, members, shape):
                     out.write(images.tobytes())
                     columns = {"split": [split] * len(chosen), "label": labels[chosen], **statistics(images, levels)}
-                    table.write_table(pa.table(columns, schema=schema))
+                    waiting.append(pa.table(columns, schema=schema))
+                    if sum(map(len, waiting)) >= ROW_GROUP:
+                        table.write_table(pa.concat_tables(waiting))
+                        waiting.clear()
+        if waiting:
+            table.write_table(pa.concat_tables(waiting))
 
 
 def _gather(file: BinaryIO, members: np.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -164,7 +175,7 @@ def _gather(file: BinaryIO, members: np.ndarray, shape: tuple[int, ...]) -> Iter
     Read, not memory-mapped: mapped pages would count as this process's memory.
     """
     size = int(np.prod(shape))
-    rows = max(1, CHUNK // size)
+    rows = min(ROWS, max(1, CHUNK // size))
     for start in range(0, len(members), rows):
         chosen = members[start : start + rows]
         images = np.empty((len(chosen), *shape), np.uint8)
@@ -180,7 +191,7 @@ def _content(folder: Path) -> str:
     return hashlib.sha256("\n".join(f"{name} {sha256(folder / name)}" for name in names).encode()).hexdigest()
 
 
-class _Quarantine(contextlib.AbstractContextManager["_Quarantine"]):
+class _Quarantine(AbstractContextManager["_Quarantine"]):
     """Collects broken examples in a folder: copies, and reasons.csv. The folder goes when nothing is broken.
 
     A side output for people; DVC does not hash it.
@@ -197,17 +208,22 @@ class _Quarantine(contextlib.AbstractContextManager["_Quarantine"]):
         return self
 
     def add(self, broken: Broken) -> None:
-        if self.count == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.first = f"{broken.origin}: {broken.reason}"
-            self._row("file", "origin", "reason")
+        """Raises UserError where the folder cannot be written."""
         self.count += 1
         copy = ""
-        if broken.open is not None and self.count <= KEPT:
-            copy = f"{self.count:06d}-{re.sub(r'[^A-Za-z0-9._-]', '_', broken.origin)[-80:]}"
-            with broken.open() as file, open(self.folder / copy, "wb") as out:
-                shutil.copyfileobj(file, out)
-        self._row(copy, broken.origin, broken.reason)
+        try:
+            if self.count == 1:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.first = f"{broken.origin}: {broken.reason}"
+                self._row("file", "origin", "reason")
+            if broken.open is not None and self.count <= KEPT:
+                copy = f"{self.count:06d}-{re.sub(r'[^A-Za-z0-9._-]', '_', broken.origin)[-80:]}"
+                # What a damaged zip entry gives before its checksum fails is kept.
+                with broken.open() as file, open(self.folder / copy, "wb") as out, suppress(zipfile.BadZipFile):
+                    shutil.copyfileobj(file, out)
+            self._row(copy, broken.origin, broken.reason)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def _row(self, *cells: str) -> None:
         with open(self.table, "a", encoding="utf-8", newline="") as file:

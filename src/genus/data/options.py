@@ -17,7 +17,8 @@ def checked(kind: type[Kind], values: dict[str, Any], what: str) -> Kind:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key first: that it also leaves the right one missing says less.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise UserError(f"{what}: unknown key '{key}': {nearest(key, kind.model_fields)}") from error

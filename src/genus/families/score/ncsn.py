@@ -1,0 +1,175 @@
+"""NCSN: denoising score matching over a ladder of noise levels, sampled by annealed Langevin dynamics.
+
+Song & Ermon 2019, "Generative Modeling by Estimating Gradients of the Data Distribution", https://arxiv.org/abs/1907.05600
+Song & Ermon 2020, "Improved Techniques for Training Score-Based Generative Models", https://arxiv.org/abs/2006.09011
+The network's inputs and outputs are scaled as in Karras et al. 2022 (EDM), https://arxiv.org/abs/2206.00364, table 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from genus.contract import Batch, Family, Terms
+from genus.data.spec import DataSpec
+from genus.samplers import annealed_langevin, step_rate
+
+
+def ladder_ratio(dims: int) -> float:
+    """Technique 2 (2006.09011): the ratio of neighbouring noise levels, from the number of dimensions.
+
+    In high dimension the norm of sigma · z is N(√D sigma, sigma^2 / 2), nearly. The ratio is where level i - 1 puts half
+    of its mass within three standard deviations of level i: Φ(√2D (r - 1) + 3r) - Φ(√2D (r - 1) - 3r) = 1/2.
+    """
+    low, high = 1.0, 10.0
+    for _ in range(60):  # the overlap falls from 0.997 at r = 1
+        ratio = (low + high) / 2
+        shift = math.sqrt(2 * dims) * (ratio - 1)
+        overlap = 0.5 * (math.erf((shift + 3 * ratio) / math.sqrt(2)) - math.erf((shift - 3 * ratio) / math.sqrt(2)))
+        low, high = (ratio, high) if overlap > 0.5 else (low, ratio)
+    return (low + high) / 2
+
+
+class Block(nn.Module):
+    """Residual block, GroupNorm-SiLU-conv twice, scaled and shifted in between by the embedding of the noise level."""
+
+    def __init__(self, width: int, embedding: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(width // 8, width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(width // 8, width), nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(embedding, 2 * width)
+        nn.init.zeros_(self.conv2.weight)  # starts as the identity
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        scale, shift = self.film(embedded)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return x + h
+
+
+class UNet(nn.Module):
+    """[B, C, H, W] and ln sigma [B] to [B, C, H, W]. Works on the 2x2-unshuffled image, where a 3x3 convolution costs
+    a quarter and sees twice as far, and one level below it; what goes down needs little work, what comes up more."""
+
+    def __init__(self, channels: int, width: int, blocks: tuple[int, int]):
+        super().__init__()
+        embedding = 4 * width
+        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.3), math.log(10.0), width)))
+        self.embed = nn.Sequential(
+            nn.Linear(2 * width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.below = nn.ModuleList(Block(2 * width, embedding) for _ in range(blocks[1]))
+        self.up = nn.Conv2d(2 * width, 4 * width, 1)
+        self.after = nn.ModuleList(Block(width, embedding) for _ in range(blocks[0]))
+        self.leave = nn.Sequential(
+            nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, 4 * channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.leave[-1].weight)
+
+    def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
+        angles = log_sigma[:, None] * self.frequencies
+        embedded = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
+        h = self.enter(F.pixel_unshuffle(x, 2))  # [B, width, H/2, W/2]
+        low = self.down(h)  # [B, 2 width, H/4, W/4]
+        for block in self.below:
+            low = block(low, embedded)
+        h = h + F.pixel_shuffle(self.up(low), 2)
+        for block in self.after:
+            h = block(h, embedded)
+        return F.pixel_shuffle(self.leave(h), 2)
+
+
+class NCSN(Family):
+    """Learns the score of the data at L noise levels; samples by going down them.
+
+    ``sigma_max``: about the largest distance between two training images (technique 1); default 1.5 √D, which is the 42
+    that Fashion-MNIST has in [-1, 1] (21 in [0, 1]). ``sigma_min``: 0.02, the papers' 0.01 in [0, 1].
+    ``sigma_data``: standard deviation of a pixel, for the scaling.
+    ``centre``, ``spread``: training visits level sigma with weight exp(-(ln sigma - centre)^2 / 2 spread^2), EDM's
+    log-normal restricted to the ladder: the middle levels decide the look, the outer ones are nearly linear in x.
+    Raises ValueError where height or width is no multiple of 4.
+    """
+
+    paper = "Song & Ermon 2019, 1907.05600; 2020, 2006.09011"
+    ladder: Tensor
+    chance: Tensor
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        width: int = 32,
+        blocks_high: int = 1,
+        blocks_low: int = 2,
+        sigma_max: float | None = None,
+        sigma_min: float = 0.02,
+        sigma_data: float = 0.7,
+        centre: float = -1.2,
+        spread: float = 1.2,
+    ):
+        super().__init__(spec)
+        channels, height, across = spec.shape
+        if height % 4 or across % 4:
+            raise ValueError(f"NCSN needs height and width divisible by 4, not {height}x{across}")
+        top = sigma_max or 1.5 * math.sqrt(spec.dims)
+        count = 1 + math.ceil(math.log(top / sigma_min) / math.log(ladder_ratio(spec.dims)))
+        self.sigmas: list[float] = [top * (sigma_min / top) ** (i / (count - 1)) for i in range(count)]
+        self.sigma_data = sigma_data
+        ladder = torch.tensor(self.sigmas)
+        self.register_buffer("ladder", ladder, persistent=False)
+        self.register_buffer("chance", torch.exp(-((ladder.log() - centre) ** 2) / (2 * spread**2)), persistent=False)
+        self.network = UNet(channels, width, (blocks_high, blocks_low))
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of a sample with the default knobs: one a level and one to denoise."""
+        return len(self.sigmas) + 1
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[clean | x] for ``x`` [B, C, H, W] with noise ``sigma`` [B]; EDM's scaling, equation 7."""
+        s = sigma[:, None, None, None]
+        total = (s**2 + self.sigma_data**2).sqrt()
+        change = self.network(x / total, sigma.log())
+        return x * (self.sigma_data / total) ** 2 + change * s * self.sigma_data / total
+
+    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Gradient of the log density of the data with noise ``sigma`` [B] added, by Tweedie's formula."""
+        return (self.denoise(x, sigma) - x) / sigma[:, None, None, None] ** 2
+
+    def loss(self, batch: Batch, *, generator: Generator) -> Terms:
+        """Denoising score matching, lambda(sigma) · |score(x + sigma z, sigma) + z / sigma|^2 / D (2019, equation 5).
+
+        lambda = sigma^2 (1 + sigma^2 / sigma_data^2) makes every level's loss 1 for a network that says nothing.
+        """
+        x = batch.x
+        level = torch.multinomial(self.chance, len(x), replacement=True, generator=generator)
+        sigma = self.ladder[level]
+        z = torch.randn(x.shape, generator=generator, device=x.device)
+        s = sigma[:, None, None, None]
+        error = self.denoise(x + s * z, sigma) - x  # = sigma^2 (score + z / sigma)
+        weight = 1 / s**2 + 1 / self.sigma_data**2  # = lambda / sigma^4
+        return {"loss": (weight * error**2).mean()}
+
+    def sample(
+        self, n: int, *, generator: Generator, cond: Tensor | None = None, steps: int = 1, thin: int = 1
+    ) -> Tensor:
+        """[n, C, H, W] by annealed Langevin dynamics: ``steps`` moves at every ``thin``-th level, then one denoising.
+
+        The step size is technique 4's for that ladder and number of steps.
+        """
+        sigmas = self.sigmas[::thin]
+        x = sigmas[0] * torch.randn((n, *self.spec.shape), generator=generator, device=generator.device)
+        rate = step_rate(sigmas[0] / sigmas[1], steps)
+
+        def score(x: Tensor, sigma: float) -> Tensor:
+            return self.score(x, torch.full((len(x),), sigma, device=x.device))
+
+        return annealed_langevin(score, x, sigmas, rate=rate, steps=steps, generator=generator).clamp(-1, 1)
+
+
+Model = NCSN
