@@ -44,7 +44,7 @@ class Train(Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     learning_rate: float | dict[str, float] = 1e-3  # one for all groups, or one a group
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)  # YAML has lists, no tuples
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps with a rising learning rate
     final_lr: float = Field(0.02, ge=0, le=1)  # the cosine's end, as a share of the learning rate

@@ -32,9 +32,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(2)
 
 
-@pytest.mark.parametrize(
-    ("shape", "block"), [((1, 8, 8), 2), ((1, 4, 4), 1), ((3, 4, 4), 2), ((3, 3, 3), 1)], ids=str
-)
+@pytest.mark.parametrize(("shape", "block"), [((1, 8, 8), 2), ((1, 4, 4), 1), ((3, 4, 4), 2), ((3, 3, 3), 1)], ids=str)
 def test_a_value_depends_on_exactly_the_earlier_ones(shape, block):
     """The Jacobian of the conditionals is strictly lower triangular, and full below the diagonal."""
     spec = DataSpec(shape, 17)

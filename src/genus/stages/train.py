@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from genus import config
-from genus.files import replacing, sha256, write_json
+from genus.files import replacing, write_json
 
 CHECKPOINTS = Path(".genus/checkpoints")  # outside DVC's outs, which it deletes before a stage runs again
 GRIDS = 5  # grids of samples during a training, for the slider in MLflow
@@ -98,8 +98,7 @@ def run(name: str) -> None:
             run.image(shown, steps)
             _write_picture(folder / "samples.png", shown)
         write_json(Path("reports/timing/train") / f"{name}.json", result.timing)
-        run.tag(**{"genus.sha256": sha256(folder / "weights.safetensors")})
-        run.artifact(folder / "samples.png")
+        run.finished(folder)
     checkpoint.unlink(missing_ok=True)
 
 
