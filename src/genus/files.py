@@ -30,9 +30,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary = scratch / path.name
         yield temporary
-        if path.is_dir() and not path.is_symlink():
+        replaced = path.is_dir() and not path.is_symlink()
+        if replaced:  # a folder cannot be renamed over another
             path.rename(scratch / "old")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if replaced:
+                (scratch / "old").rename(path)
+            raise
     except OSError as error:
         if error.filename and Path(error.filename).is_relative_to(scratch) or error.filename is None:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
