@@ -70,6 +70,7 @@ class Glow(Family):
         self.top = nn.Parameter(torch.zeros(height, width, 2 * channels))  # mean and log-scale
         self.to(memory_format=torch.channels_last)
 
+    @torch.no_grad()
     def initialise(self, batch: Batch, *, generator: Generator) -> None:
         """Data-dependent initialisation (section 3.1): actnorms normalise ``batch``."""
         if isinstance(self.dequantise.onto_reals, Gaussianise):
