@@ -124,6 +124,7 @@ def _page(name: str, results: dict[str, dict[str, Any]]) -> str:
     # The renderer fails on live results with NumPy numbers in them; this one has been through JSON.
     page = ValidationResultsPageRenderer().render(expectationSuiteValidationResultSchema.load(merged))
     html = DefaultJinjaPageView().render(page)
-    html = re.sub(r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>", "", html, flags=re.DOTALL)
+    html = re.sub(r"<(script|style|footer)\b.*?</\1>|<(link|img)\b[^>]*>", "", html, flags=re.DOTALL)
+    html = re.sub(r'<a href="\.\.[^"]*">(.*?)</a>', r"\1", html, flags=re.DOTALL)  # pages of a site that is not made
     style = resources.files("genus.data.validation").joinpath("docs.css").read_text(encoding="utf-8")
     return html.replace("</head>", f"<style>{style}</style></head>", 1)
