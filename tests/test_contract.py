@@ -68,7 +68,7 @@ def test_every_parameter_gets_a_gradient(family: str) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [parameter for group in model.groups().values() for parameter in group]
     assert len(grouped) == len({id(parameter) for parameter in grouped}) == len(names), "each is in exactly one group"
-    for step in range(2):  # a zero-initialised last layer hides the layers before it until it has moved
+    for step in range(4):  # a zero-initialised last layer hides the layers before it until it has moved
         for group, terms in model.updates(batch(8, step), generator=torch.Generator().manual_seed(step)):
             parameters = model.groups()[group]
             assert terms["loss"].ndim == 0 and terms["loss"].isfinite()

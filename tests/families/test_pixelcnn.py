@@ -32,27 +32,28 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(2)
 
 
-@pytest.mark.parametrize(("shape", "block"), [((1, 8, 8), 2), ((1, 4, 4), 1), ((3, 4, 4), 2), ((3, 3, 3), 1)], ids=str)
+@pytest.mark.parametrize(("shape", "block"), [((1, 6, 6), 2), ((1, 4, 4), 1), ((3, 4, 4), 2), ((3, 3, 3), 1)], ids=str)
 def test_a_value_depends_on_exactly_the_earlier_ones(shape, block):
     """The Jacobian of the conditionals is strictly lower triangular, and full below the diagonal."""
     spec = DataSpec(shape, 17)
     model = _model(spec, block=block)
 
     def conditionals(x: torch.Tensor) -> torch.Tensor:
+        """A mix of each value's 3K mixture parameters, in the order of the factorisation: [P * D]."""
         found = model.conditionals(x)  # [D, 3K, P]
-        return found.permute(2, 0, 1).flatten(0, 1)  # [P * D, 3K], in the order of the factorisation
+        return (found * torch.linspace(0.5, 1.5, found.shape[1], dtype=x.dtype).view(1, -1, 1)).sum(1).T.flatten()
 
     influence = torch.zeros(spec.dims, spec.dims, dtype=torch.float64)
-    for x in F.pixel_unshuffle(_images(spec, 5), block).split(1):  # several: a ReLU may block one image's path
-        jacobian = torch.autograd.functional.jacobian(conditionals, x, vectorize=True)[:, :, 0]
-        influence += jacobian.abs().sum(1).permute(0, 2, 3, 1).flatten(1)  # inputs in the same order
+    for x in F.pixel_unshuffle(_images(spec, 3), block).split(1):  # several: a ReLU may block one image's path
+        jacobian = torch.autograd.functional.jacobian(conditionals, x)[:, 0]  # [P * D, D, rows, columns]
+        influence += jacobian.abs().permute(0, 2, 3, 1).flatten(1)  # inputs in the same order
     earlier = torch.ones_like(influence).tril(-1).bool()
     assert (influence[~earlier] == 0).all()
     assert (influence[earlier] > 0).all()
 
 
 def test_the_receptive_field_has_no_holes():
-    """On a 14 x 14 grid the last position sees all rows and columns within 2 + the sum of the dilations, and no more."""
+    """On a 14 x 14 grid the last position sees all rows and columns up to 2 + the sum of dilations away."""
     model = _model(DataSpec((1, 14, 14), 17), block=1, layers=3)
     x = _images(model.spec, 1).requires_grad_()
     last = model.conditionals(x)[..., -1].sum()
@@ -65,11 +66,11 @@ def test_the_receptive_field_has_no_holes():
 
 
 def test_probabilities_of_all_images_sum_to_one():
-    spec = DataSpec((1, 2, 4), 3)
+    spec = DataSpec((1, 2, 4), 2)
     model = _model(spec)
-    levels = torch.tensor(list(itertools.product(range(3), repeat=8))).view(-1, 1, 2, 4)
+    levels = torch.tensor(list(itertools.product(range(2), repeat=8))).view(-1, 1, 2, 4)
     log_p = model.log_prob(Batch(spec.to_float(levels).double()), generator=_generator())
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)  # 3 levels are exact in float32
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)  # both levels are exact in float32
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 4, 4)], ids=str)

@@ -20,7 +20,7 @@ def test_the_levels_probabilities_sum_to_one(levels):
     parameters = _parameters(50, 5, dtype=torch.float64)
     x = spec.to_float(torch.arange(levels)).double()
     total = logistic.log_prob(parameters.unsqueeze(-1).expand(-1, -1, levels), x.expand(50, -1), levels).exp().sum(1)
-    # Levels come from float32, so neighbouring intervals meet to about 1e-7 of their width, times a density of up to e^7.
+    # Levels come from float32: neighbouring intervals meet to about 1e-7, times a density of up to e^7.
     assert (total - 1).abs().max() < 1e-5
 
 

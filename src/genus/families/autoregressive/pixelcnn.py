@@ -11,6 +11,7 @@ pixel's colours. That is an exact factorisation like any other order; with 2 x 2
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,10 @@ class PixelCNN(Family):
         self.layers = nn.ModuleList(Layer(channels, 2 ** (k % 3)) for k in range(layers))
         self.head = Head(channels, self.values, head, mixtures)
 
+    def stack(self) -> list[Layer]:
+        """The gated layers, first to last."""
+        return cast("list[Layer]", list(self.layers))
+
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
         loss = -self.log_prob(batch, generator=generator).mean()
         return {"loss": loss, "bits_per_dim": loss.detach() / (self.spec.dims * math.log(2))}
@@ -131,7 +136,7 @@ class PixelCNN(Family):
         padded = F.pad(seen, (2, 1, 2, 0))
         v = self.first_down(padded[:, :, :-1, 1:]) + self.place_v  # a row sees the two above it, not itself
         h = self.first_right(padded[:, :, 2:, :-2]) + self.place_h  # a position sees the two left of it, not itself
-        for layer in self.layers:
+        for layer in self.stack():
             v = layer.vertical(F.pad(v, (0, 0, layer.dilation, 0)))
             h = layer.horizontal(F.pad(h, (layer.dilation, 0)), v)
         return self.head(F.relu(h).permute(0, 2, 3, 1).flatten(0, 2), seen.permute(0, 2, 3, 1).flatten(0, 2))
@@ -146,18 +151,18 @@ class PixelCNN(Family):
         rows, columns, place = self.rows, self.columns, self.place_v
         x = place.new_zeros(n, self.values, rows, columns)
         seen = place.new_zeros(n, 2 * self.values, rows + 2, columns + 3)
-        above = [place.new_zeros(n, self.channels, rows + layer.dilation, columns) for layer in self.layers]
+        above = [place.new_zeros(n, self.channels, rows + layer.dilation, columns) for layer in self.stack()]
         for r in range(rows):
             v = self.first_down(seen[:, :, r : r + 2, 1:]) + place[:, r : r + 1]
             row = []
-            for layer, kept in zip(self.layers, above, strict=True):
+            for layer, kept in zip(self.stack(), above, strict=True):
                 kept[:, :, r + layer.dilation] = v[:, :, 0]
                 v = layer.vertical(kept[:, :, r : r + layer.dilation + 1])
                 row.append(v)
-            left = [place.new_zeros(n, self.channels, 1, columns + layer.dilation) for layer in self.layers]
+            left = [place.new_zeros(n, self.channels, 1, columns + layer.dilation) for layer in self.stack()]
             for c in range(columns):
                 h = self.first_right(seen[:, :, r + 2 : r + 3, c : c + 2]) + self.place_h[:, r : r + 1, c : c + 1]
-                for layer, kept, v in zip(self.layers, left, row, strict=True):
+                for layer, kept, v in zip(self.stack(), left, row, strict=True):
                     kept[..., c + layer.dilation] = h[..., 0]
                     h = layer.horizontal(kept[..., c : c + layer.dilation + 1], v[..., c : c + 1])
                 features = F.relu(h).flatten(1)

@@ -114,7 +114,8 @@ class VAE(Family):
         ``temperature`` 0 shows the expected image of p(x|z), what VAE papers print; 1 draws every pixel from its
         mixture, which is the distribution that ``log_prob`` speaks of: independent noise in each pixel.
         """
-        z = torch.randn(n, self.latent, generator=generator, device=generator.device)
+        dtype = next(self.parameters()).dtype
+        z = torch.randn(n, self.latent, generator=generator, device=generator.device, dtype=dtype)
         if temperature == 0:
             return self.decode(z)
         likelihood = self.likelihood(z)
