@@ -40,7 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 (scratch / "old").rename(path)
             raise
     except OSError as error:
-        if error.filename and Path(error.filename).is_relative_to(scratch) or error.filename is None:
+        if error.filename is None or Path(error.filename).is_relative_to(scratch):
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
     finally:

@@ -29,6 +29,7 @@ class DCGAN(Family):
     many times as strong. Sizes must be multiples of 4.
     """
 
+    critic_steps: Tensor
     paper = "Radford et al. 2015, arXiv 1511.06434"
 
     def __init__(
