@@ -28,8 +28,8 @@ schedule: .venv/stamp     # nightly, on changed data, or by hand, until Ctrl-C
 gpu-check: .venv/stamp    # one line where there is no GPU
 	@$(BIN)/genus gpu-check
 
-bench: .venv/stamp        # side by side with peer libraries
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: .venv/stamp        # the slow measurements, one script each
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:                    # what a run can make again; data/raw, the DVC cache and the tracking store stay
 	rm -rf .genus logs models/*/ reports data/processed data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
