@@ -1,0 +1,104 @@
+"""Samplers against Gaussians, whose variance at every step has a closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from genus.samplers import annealed_langevin, langevin, leftover, step_rate
+
+N = 40_000  # draws; the variance of a Gaussian is then known to √(2/N) = 0.7%
+
+
+def off(x: torch.Tensor, variance: float) -> float:
+    """How far the mean square of N zero-mean Gaussian draws is from ``variance``, in Monte Carlo standard deviations."""
+    return abs(x.square().mean().item() / variance - 1) / math.sqrt(2 / x.numel())
+
+
+def down(top: float, bottom: float, count: int) -> list[float]:
+    return [top * (bottom / top) ** (i / (count - 1)) for i in range(count)]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 200])
+def test_langevin_leaves_the_variance_of_the_closed_form(steps: int) -> None:
+    target, start, step = 0.5, 4.0, 0.2
+    generator = torch.Generator().manual_seed(0)
+    x = math.sqrt(start) * torch.randn(N, generator=generator, dtype=torch.float64)
+    x = langevin(lambda x: -x / target, x, step=step, steps=steps, generator=generator)
+    kept = (1 - step / target) ** (2 * steps)
+    expected = kept * start + (1 - kept) * target / (1 - step / (2 * target))
+    assert off(x, expected) < 4
+
+
+def test_the_closed_form_tends_to_the_target_with_the_step() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = langevin(lambda x: -x, torch.zeros(N, dtype=torch.float64), step=0.01, steps=400, generator=generator)
+    assert off(x, 1.0) < 4 + 0.005 / math.sqrt(2 / N)  # 1 / (1 - 0.005): half a per cent too wide
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_step_rate_leaves_least(steps: int) -> None:
+    best = step_rate(1.082, steps)
+    rates = [i / 1000 for i in range(1, 1000)]
+    assert min(rates, key=lambda rate: leftover(1.082, steps, rate)) == pytest.approx(best, abs=1e-3)
+    assert leftover(1.082, steps, best) > 1  # the plain dynamics is always left with too much
+
+
+def test_leftover_is_what_plain_annealed_langevin_leaves() -> None:
+    rate, sigmas = 0.2, [1.0, 0.8]
+    generator = torch.Generator().manual_seed(2)
+    x = annealed_langevin(
+        lambda x, sigma: -x / sigma**2,  # data at one point
+        torch.randn(N, generator=generator, dtype=torch.float64),
+        sigmas,
+        rate=rate,
+        steps=3,
+        generator=generator,
+        consistent=False,
+        denoise=False,
+    )
+    first = math.sqrt(leftover(1.0, 3, rate))  # comes in with sigma_1 itself
+    assert off(x, 0.8**2 * leftover(first * 1.0 / 0.8, 3, rate)) < 4
+
+
+@pytest.mark.parametrize(("count", "steps"), [(99, 1), (50, 1), (33, 1), (50, 2)])
+@pytest.mark.parametrize("spread", [0.1, 0.7, 3.0, 9.0])
+def test_consistent_noise_leaves_the_right_variance_at_every_level(count: int, steps: int, spread: float) -> None:
+    """The mean of x and its noise follow from the moves alone: Monte Carlo against the data's own variance."""
+    sigmas = down(42.0, 0.02, count)
+    rate = step_rate(sigmas[0] / sigmas[1], steps)
+    generator = torch.Generator().manual_seed(3)
+    x = math.hypot(42.0, spread) * torch.randn(N, generator=generator, dtype=torch.float64)
+    seen: list[float] = []
+
+    def score(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        seen.append(x.square().mean().item() / (spread**2 + sigma**2))
+        return -x / (spread**2 + sigma**2)
+
+    x = annealed_langevin(score, x, sigmas, rate=rate, steps=steps, generator=generator)
+    # The formula is exact where the spread equals the noise and off by rate^2 / 2 of a level elsewhere.
+    bound = 0.02 + rate**2
+    assert max(abs(value - 1) for value in seen) < bound
+    assert x.var().item() == pytest.approx(spread**4 / (spread**2 + 0.02**2), rel=0.02 + 0.05 * (count < 50))
+
+
+def test_plain_annealed_langevin_with_few_steps_does_not() -> None:
+    sigmas = down(42.0, 0.02, 99)
+    generator = torch.Generator().manual_seed(4)
+    x = 42 * torch.randn(N, generator=generator, dtype=torch.float64)
+    rate = step_rate(sigmas[0] / sigmas[1], 1)
+
+    def score(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return -x / (0.7**2 + sigma**2)
+
+    x = annealed_langevin(score, x, sigmas, rate=rate, steps=1, generator=generator, consistent=False)
+    assert x.var().item() > 2 * 0.7**2
+
+
+def test_a_rate_that_cannot_follow_the_ladder_is_refused() -> None:
+    with pytest.raises(ValueError, match="too small"):
+        annealed_langevin(
+            lambda x, sigma: -x, torch.zeros(1), [2.0, 1.0], rate=0.1, steps=1, generator=torch.Generator()
+        )
