@@ -82,6 +82,7 @@ def annealed_langevin(
     k = sigma_i^2 / (v + sigma_i^2), and the noise must bring it to v + sigma^2 for the sigma of the next move. Theirs is
     k = 1, data at one point, which leaves every direction too narrow by several per cent. Ours is k = 1/2, right where
     v = sigma_i^2: wider directions hardly move at this level, narrower ones are put right by the levels to come.
+    (While sigma_i^2 is far above v, x is wider than its level by rate / 2(1 - rate), and in step again by the end.)
 
     ``denoise``: end with the posterior mean x + sigma_L^2 · score(x, sigma_L) (Tweedie; Jolicoeur-Martineau et al.
     2021, section 3), which takes out the last level's noise.
