@@ -62,7 +62,7 @@ def test_more_importance_samples_tighten_the_bound():
 
 @torch.no_grad()
 def test_the_importance_weighted_bound_reaches_the_likelihood_of_a_one_dimensional_code():
-    """log p(x) by quadrature over the only latent; 1,000 importance samples come within 0.05 nats, 5 standard errors."""
+    """log p(x) by quadrature over the only latent; 1,000 samples come within 0.05 nats, 5 errors."""
     model = _model(latent=1)
     x = _images(SPEC, 3)
     grid = torch.linspace(-8, 8, 801, dtype=torch.float64)
