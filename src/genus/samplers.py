@@ -79,9 +79,9 @@ def annealed_langevin(
     leaves more noise in x than the next level's score expects, whatever the rate (see ``leftover``). ``consistent``
     adds instead what is missing, as Jolicoeur-Martineau et al. 2021 (2009.05475, section 4) do. On a direction in which
     the data is N(0, v), a move turns the variance v + sigma_i^2 into v + sigma_i^2 (1 - 2 rate + k rate^2) with
-    k = sigma_i^2 / (v + sigma_i^2), and the noise must bring it to v + sigma^2 for the sigma of the next move. Theirs is
-    k = 1, data at one point, which leaves every direction too narrow by several per cent. Ours is k = 1/2, right where
-    v = sigma_i^2: wider directions hardly move at this level, narrower ones are put right by the levels to come.
+    k = sigma_i^2 / (v + sigma_i^2), and the noise must bring it to v + sigma^2 for the sigma of the next move. Theirs
+    is k = 1, data at one point, which leaves every direction too narrow by several per cent. Ours is k = 1/2, right
+    where v = sigma_i^2: wider directions hardly move at this level, narrower ones are put right by the levels to come.
     (While sigma_i^2 is far above v, x is wider than its level by rate / 2(1 - rate), and in step again by the end.)
 
     ``denoise``: end with the posterior mean x + sigma_L^2 · score(x, sigma_L) (Tweedie; Jolicoeur-Martineau et al.

@@ -41,7 +41,7 @@ def test_ladder_of_fashion_mnist() -> None:
 
 
 def test_ladder_ratio_is_half_an_overlap() -> None:
-    """Technique 2 by Monte Carlo: half of level i - 1's noise lies within three standard deviations of level i's norm."""
+    """Technique 2 by Monte Carlo: half of level i - 1's norms are within three standard deviations of level i's."""
     dims, ratio = 784, ladder_ratio(784)
     norms = ratio * torch.randn(4000, dims, generator=torch.Generator().manual_seed(0)).norm(dim=1)
     inside = (norms - math.sqrt(dims)).abs() < 3 / math.sqrt(2) * ratio
@@ -49,7 +49,7 @@ def test_ladder_ratio_is_half_an_overlap() -> None:
 
 
 def test_loss_is_least_for_the_true_score() -> None:
-    """On N(0, sigma_data²) data the posterior mean gives 1 at every level of the weighted loss, and nothing gives less."""
+    """On N(0, sigma_data²) data the posterior mean gives a weighted loss of 1 at every level, and nothing gives less."""
     model = Exact(DataSpec((1, 8, 8)), width=8)
     x = model.sigma_data * torch.randn(4096, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     losses = {}

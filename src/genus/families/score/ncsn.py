@@ -21,8 +21,8 @@ from genus.samplers import annealed_langevin, step_rate
 def ladder_ratio(dims: int) -> float:
     """Technique 2 (2006.09011): the ratio of neighbouring noise levels, from the number of dimensions.
 
-    In high dimension the norm of sigma · z is N(√D sigma, sigma^2 / 2), nearly. The ratio is where level i - 1 puts half
-    of its mass within three standard deviations of level i: Φ(√2D (r - 1) + 3r) - Φ(√2D (r - 1) - 3r) = 1/2.
+    In high dimension the norm of sigma · z is N(√D sigma, sigma^2 / 2), nearly. The ratio is where level i - 1 puts
+    half of its mass within three standard deviations of level i: Φ(√2D (r - 1) + 3r) - Φ(√2D (r - 1) - 3r) = 1/2.
     """
     low, high = 1.0, 10.0
     for _ in range(60):  # the overlap falls from 0.997 at r = 1
@@ -50,19 +50,42 @@ class Block(nn.Module):
         return x + h
 
 
+class Whole(nn.Module):
+    """Residual: all positions of a few channels through two linear layers.
+
+    Convolutions need many steps to learn that the two halves of a shirt belong together; this sees the whole at once.
+    """
+
+    def __init__(self, width: int, size: int, channels: int, hidden: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(width // 8, width)
+        self.gather, self.spread = nn.Conv2d(width, channels, 1), nn.Conv2d(channels, width, 1)
+        self.inner, self.outer = nn.Linear(channels * size, hidden), nn.Linear(hidden, channels * size)
+        nn.init.zeros_(self.spread.weight)  # starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.gather(self.norm(x))
+        return x + self.spread(self.outer(F.silu(self.inner(h.flatten(1)))).view(h.shape))
+
+
 class UNet(nn.Module):
     """[B, C, H, W] and ln sigma [B] to [B, C, H, W]. Works on the 2x2-unshuffled image, where a 3x3 convolution costs
     a quarter and sees twice as far, and one level below it; what goes down needs little work, what comes up more."""
 
-    def __init__(self, channels: int, width: int, blocks: tuple[int, int]):
+    def __init__(self, shape: tuple[int, ...], width: int, blocks: tuple[int, int], hidden: int):
         super().__init__()
-        embedding = 4 * width
+        channels, (high, across) = shape[0], (shape[1] // 2, shape[2] // 2)
+        embedding, size = 4 * width, high * across // 4
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.3), math.log(10.0), width)))
         self.embed = nn.Sequential(
             nn.Linear(2 * width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
         self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        # What is where in a centred picture, which convolutions see only by the border's padding.
+        self.place_high = nn.Parameter(torch.zeros(width, high, across))
+        self.place_low = nn.Parameter(torch.zeros(2 * width, high // 2, across // 2))
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.whole = nn.ModuleList(Whole(2 * width, size, width // 2, hidden) for _ in range(blocks[1]))
         self.below = nn.ModuleList(Block(2 * width, embedding) for _ in range(blocks[1]))
         self.up = nn.Conv2d(2 * width, 4 * width, 1)
         self.after = nn.ModuleList(Block(width, embedding) for _ in range(blocks[0]))
@@ -74,10 +97,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
         angles = log_sigma[:, None] * self.frequencies
         embedded = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
-        h = self.enter(F.pixel_unshuffle(x, 2))  # [B, width, H/2, W/2]
-        low = self.down(h)  # [B, 2 width, H/4, W/4]
-        for block in self.below:
-            low = block(low, embedded)
+        h = self.enter(F.pixel_unshuffle(x, 2)) + self.place_high  # [B, width, H/2, W/2]
+        low = self.down(h) + self.place_low  # [B, 2 width, H/4, W/4]
+        for whole, block in zip(self.whole, self.below, strict=True):
+            low = block(whole(low), embedded)
         h = h + F.pixel_shuffle(self.up(low), 2)
         for block in self.after:
             h = block(h, embedded)
@@ -89,6 +112,7 @@ class NCSN(Family):
 
     ``sigma_max``: about the largest distance between two training images (technique 1); default 1.5 √D, which is the 42
     that Fashion-MNIST has in [-1, 1] (21 in [0, 1]). ``sigma_min``: 0.02, the papers' 0.01 in [0, 1].
+    ``width``: channels at half resolution, twice as many at a quarter; ``hidden``: of the layers that see it whole.
     ``sigma_data``: standard deviation of a pixel, for the scaling.
     ``centre``, ``spread``: training visits level sigma with weight exp(-(ln sigma - centre)^2 / 2 spread^2), EDM's
     log-normal restricted to the ladder: the middle levels decide the look, the outer ones are nearly linear in x.
@@ -106,6 +130,7 @@ class NCSN(Family):
         width: int = 32,
         blocks_high: int = 1,
         blocks_low: int = 2,
+        hidden: int = 256,
         sigma_max: float | None = None,
         sigma_min: float = 0.02,
         sigma_data: float = 0.7,
@@ -113,7 +138,7 @@ class NCSN(Family):
         spread: float = 1.2,
     ):
         super().__init__(spec)
-        channels, height, across = spec.shape
+        _, height, across = spec.shape
         if height % 4 or across % 4:
             raise ValueError(f"NCSN needs height and width divisible by 4, not {height}x{across}")
         top = sigma_max or 1.5 * math.sqrt(spec.dims)
@@ -123,7 +148,7 @@ class NCSN(Family):
         ladder = torch.tensor(self.sigmas)
         self.register_buffer("ladder", ladder, persistent=False)
         self.register_buffer("chance", torch.exp(-((ladder.log() - centre) ** 2) / (2 * spread**2)), persistent=False)
-        self.network = UNet(channels, width, (blocks_high, blocks_low))
+        self.network = UNet(spec.shape, width, (blocks_high, blocks_low), hidden)
 
     @property
     def nfe(self) -> int:
