@@ -223,7 +223,7 @@ def main() -> None:
     except UserError as error:
         _say(f"error: {error}", 2)
     except UsageError as error:
-        _say(f"error: {error}; see `genus --help`", 2)
+        _say(f"error: {error.format_message().rstrip('.')}; see `genus --help`", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped", 130)
     except RuntimeError as error:
