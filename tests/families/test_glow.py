@@ -29,7 +29,11 @@ def jacobian_log_det(function, x: Tensor) -> Tensor:
     return jacobian.reshape(x.numel(), x.numel()).slogdet().logabsdet
 
 
-@pytest.mark.parametrize("layer", [Mixing(6), Coupling(6, 8, 2.0), Step(6, 8, 2.0)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [Mixing(6), Coupling(6, 8, 2.0, (3, 2), whole=True), Step(6, 8, 2.0, (3, 2), last=True)],
+    ids=lambda x: type(x).__name__,
+)
 def test_layer_log_det_and_inverse(layer: nn.Module) -> None:
     randomise(layer)
     x = torch.randn(1, 3, 2, 6, dtype=torch.float64, generator=seeded(1))
@@ -72,7 +76,7 @@ def test_probabilities_of_all_images_sum_to_one() -> None:
 
 
 def test_scale_is_bounded() -> None:
-    coupling = Coupling(4, 8, bound=1.5)
+    coupling = Coupling(4, 8, 1.5, (4, 4))
     with torch.no_grad():
         for parameter in coupling.parameters():
             parameter.mul_(0).add_(50.0)

@@ -49,7 +49,7 @@ def test_ladder_ratio_is_half_an_overlap() -> None:
 
 
 def test_loss_is_least_for_the_true_score() -> None:
-    """On N(0, sigma_data²) data the posterior mean gives a weighted loss of 1 at every level, and nothing gives less."""
+    """On N(0, sigma_data²) data the posterior mean has a weighted loss of 1 at every level, and nothing less."""
     model = Exact(DataSpec((1, 8, 8)), width=8)
     x = model.sigma_data * torch.randn(4096, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     losses = {}

@@ -90,6 +90,17 @@ def test_the_loss_is_the_mean_of_the_negative_elbo():
     assert terms["kl"].item() > 0
 
 
+def test_free_bits_charge_only_what_lies_above_them():
+    batch = Batch(_images(SPEC, 5))
+    plain, free = (_model(free_bits=nats).loss(batch, generator=_generator()) for nats in (0.0, 0.5))
+    mean, log_std = _model().posterior(batch.x)
+    kl = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).mean(0)
+    assert (kl < 0.5).any()
+    charged = kl.clamp(min=0.5).sum() - kl.sum()
+    assert (free["loss"] - plain["loss"]).item() == pytest.approx(charged.item(), abs=1e-9)
+    assert free["bits_per_dim"].item() == plain["bits_per_dim"].item()  # what is reported stays the bound itself
+
+
 def test_every_parameter_gets_a_gradient():
     model = _model()
     model.loss(Batch(_images(SPEC, 8)), generator=_generator())["loss"].backward()

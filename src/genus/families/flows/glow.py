@@ -8,6 +8,7 @@ Differences from the paper, each measured or for the sake of exactness:
 - the scale of a coupling is bounded on both sides, exp(b tanh(s / b)), not sigmoid(s + 2), whose inverse is unbounded;
 - the last prior has a mean and scale a position (the paper: a convolution of zeros, the same but for the border);
 - pixels are Gaussianised by their histogram before the first layer (see genus.nn.dequantisation);
+- the networks know their place in the image, and on the last scale they see it whole: shapes come much sooner;
 - the networks' hidden layers are not actnormed, but initialised so that the first batch is (Salimans & Kingma 2016).
 
 Inside, a tensor is [B, H, W, C]: the 1x1 convolution is one matrix product with actnorm folded into it.
@@ -41,8 +42,8 @@ class Glow(Family):
         self,
         spec: DataSpec,
         *,
-        steps: Sequence[int] = (6, 6),
-        hidden: Sequence[int] = (48, 64),
+        steps: Sequence[int] = (4, 8),
+        hidden: Sequence[int] = (32, 64),
         bound: float = 2.0,
         onto_reals: str = "gaussianise",
         alpha: float = 1e-6,
@@ -63,7 +64,12 @@ class Glow(Family):
         self.priors = nn.ModuleList()  # of what leaves after each scale but the last
         for count, wide in zip(steps, hidden, strict=True):
             channels, height, width = 4 * channels, height // 2, width // 2
-            self.scales.append(nn.ModuleList(Step(channels, wide, bound) for _ in range(count)))
+            self.scales.append(
+                nn.ModuleList(
+                    Step(channels, wide, bound, (height, width), last=len(self.scales) == len(steps) - 1)
+                    for _ in range(count)
+                )
+            )
             if len(self.scales) < len(steps):
                 channels //= 2
                 self.priors.append(zeroed(nn.Conv2d(channels, 2 * channels, 3, padding=1)))
@@ -160,10 +166,10 @@ class Glow(Family):
 class Step(nn.Module):
     """Figure 2a: actnorm, invertible 1x1 convolution, affine coupling."""
 
-    def __init__(self, channels: int, hidden: int, bound: float):
+    def __init__(self, channels: int, hidden: int, bound: float, size: tuple[int, int], *, last: bool):
         super().__init__()
         self.mixing = Mixing(channels)
-        self.coupling = Coupling(channels, hidden, bound)
+        self.coupling = Coupling(channels, hidden, bound, size, whole=last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, mixed = self.mixing(x)
@@ -225,15 +231,26 @@ class Mixing(nn.Module):
 
 
 class Coupling(nn.Module):
-    """Affine coupling (section 3.3): half of the channels scale and shift the other half."""
+    """Affine coupling (section 3.3): half of the channels scale and shift the other half.
 
-    def __init__(self, channels: int, hidden: int, bound: float):
+    ``size``: height and width, for a bias a place: convolutions alone don't know where in a centred picture they are.
+    ``whole``: the network also sees its half all at once, which few small convolutions don't.
+    """
+
+    def __init__(self, channels: int, hidden: int, bound: float, size: tuple[int, int], *, whole: bool = False):
         super().__init__()
         self.bound = bound
         half = channels // 2
         # The middle convolution is 1x1, as in the paper: most weights, fewest places.
         self.first = nn.Conv2d(half, hidden, 3, padding=1)
         self.middle = nn.Conv2d(hidden, hidden, 1)
+        self.place = nn.Parameter(torch.zeros(hidden, *size))
+        inputs = half * math.prod(size)
+        self.context = (
+            nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, hidden))
+            if whole
+            else None
+        )
         self.last = zeroed(nn.Conv2d(hidden, 2 * half, 3, padding=1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +264,11 @@ class Coupling(nn.Module):
         return torch.cat([kept, (changed - shift) * (-log_scale).exp()], -1)
 
     def log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.relu(self.first(kept.permute(0, 3, 1, 2)), inplace=True)
+        x = kept.permute(0, 3, 1, 2)
+        h = self.first(x) + self.place
+        if self.context is not None:
+            h = h + self.context(x)[:, :, None, None]
+        h = F.relu(h, inplace=True)
         raw, shift = (
             apply(self.last, F.relu(self.middle(h), inplace=True).permute(0, 2, 3, 1)).to(kept.dtype).chunk(2, -1)
         )

@@ -56,7 +56,7 @@ class Whole(nn.Module):
     Convolutions need many steps to learn that the two halves of a shirt belong together; this sees the whole at once.
     """
 
-    def __init__(self, width: int, size: int, channels: int, hidden: int):
+    def __init__(self, width: int, size: int, hidden: int, channels: int = 16):
         super().__init__()
         self.norm = nn.GroupNorm(width // 8, width)
         self.gather, self.spread = nn.Conv2d(width, channels, 1), nn.Conv2d(channels, width, 1)
@@ -72,6 +72,8 @@ class UNet(nn.Module):
     """[B, C, H, W] and ln sigma [B] to [B, C, H, W]. Works on the 2x2-unshuffled image, where a 3x3 convolution costs
     a quarter and sees twice as far, and one level below it; what goes down needs little work, what comes up more."""
 
+    frequencies: Tensor
+
     def __init__(self, shape: tuple[int, ...], width: int, blocks: tuple[int, int], hidden: int):
         super().__init__()
         channels, (high, across) = shape[0], (shape[1] // 2, shape[2] // 2)
@@ -85,14 +87,12 @@ class UNet(nn.Module):
         self.place_high = nn.Parameter(torch.zeros(width, high, across))
         self.place_low = nn.Parameter(torch.zeros(2 * width, high // 2, across // 2))
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.whole = nn.ModuleList(Whole(2 * width, size, width // 2, hidden) for _ in range(blocks[1]))
+        self.whole = nn.ModuleList(Whole(2 * width, size, hidden) for _ in range(blocks[1]))
         self.below = nn.ModuleList(Block(2 * width, embedding) for _ in range(blocks[1]))
         self.up = nn.Conv2d(2 * width, 4 * width, 1)
         self.after = nn.ModuleList(Block(width, embedding) for _ in range(blocks[0]))
-        self.leave = nn.Sequential(
-            nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, 4 * channels, 3, padding=1)
-        )
-        nn.init.zeros_(self.leave[-1].weight)
+        self.norm, self.leave = nn.GroupNorm(width // 8, width), nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
 
     def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
         angles = log_sigma[:, None] * self.frequencies
@@ -104,7 +104,7 @@ class UNet(nn.Module):
         h = h + F.pixel_shuffle(self.up(low), 2)
         for block in self.after:
             h = block(h, embedded)
-        return F.pixel_shuffle(self.leave(h), 2)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
 
 
 class NCSN(Family):
@@ -127,7 +127,7 @@ class NCSN(Family):
         self,
         spec: DataSpec,
         *,
-        width: int = 32,
+        width: int = 24,
         blocks_high: int = 1,
         blocks_low: int = 2,
         hidden: int = 256,

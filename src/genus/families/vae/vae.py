@@ -35,12 +35,21 @@ class VAE(Family):
     paper = "Kingma & Welling 2013, arXiv:1312.6114"
     density = "elbo"
 
-    def __init__(self, spec: DataSpec, *, latent: int = 32, channels: int = 24, hidden: int = 320, mixtures: int = 3):
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        latent: int = 32,
+        channels: int = 24,
+        hidden: int = 320,
+        mixtures: int = 3,
+        free_bits: float = 0.0,
+    ):
         super().__init__(spec)
         colours, height, width = spec.shape
         if height % 4 or width % 4:
             raise ValueError(f"a {height}x{width} image: height and width must be multiples of 4")
-        self.latent, self.mixtures = latent, mixtures
+        self.latent, self.mixtures, self.free_bits = latent, mixtures, free_bits
         low = (2 * channels, height // 4, width // 4)
         self.encoder = nn.Sequential(
             ChannelsLast(),
@@ -78,12 +87,20 @@ class VAE(Family):
         return self.decoder(z).contiguous().unflatten(1, (3 * self.mixtures, -1))
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
-        """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10)."""
+        """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10).
+
+        ``free_bits`` is the KL in nats that each code dimension may have at no cost (Kingma et al. 2016,
+        arXiv:1606.04934, appendix C.8). On small images the code else stays unused: its price comes before its worth.
+        """
         mean, log_std = self.posterior(batch.x)
-        log_px = self._log_likelihood(batch.x, _draw(mean, log_std, generator))
-        kl = kl_to_prior(mean, log_std).mean()
-        loss = kl - log_px.mean()
-        return {"loss": loss, "kl": kl.detach(), "bits_per_dim": loss.detach() / (self.spec.dims * math.log(2))}
+        log_px = self._log_likelihood(batch.x, _draw(mean, log_std, generator)).mean()
+        kl = kl_by_dimension(mean, log_std).mean(0)
+        bound = (log_px - kl.sum()).detach()
+        return {
+            "loss": kl.clamp(min=self.free_bits).sum() - log_px,
+            "kl": kl.detach().sum(),
+            "bits_per_dim": -bound / (self.spec.dims * math.log(2)),
+        }
 
     def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
         """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation."""
@@ -128,8 +145,13 @@ class VAE(Family):
 
 
 def kl_to_prior(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_std)^2) || N(0, I)) in nats, summed over the code: [B]."""
-    return 0.5 * (mean**2 + torch.expm1(2 * log_std) - 2 * log_std).sum(1)
+    """KL(N(mean, exp(log_std)^2) || N(0, I)) in nats: [B]."""
+    return kl_by_dimension(mean, log_std).sum(1)
+
+
+def kl_by_dimension(mean: Tensor, log_std: Tensor) -> Tensor:
+    """The same before it is summed over the code: [B, latent]."""
+    return 0.5 * (mean**2 + torch.expm1(2 * log_std) - 2 * log_std)
 
 
 def _draw(mean: Tensor, log_std: Tensor, generator: Generator) -> Tensor:
