@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
+import mlflow
 from genus import tracking
 from genus.errors import UserError
 from genus.stages import register
@@ -27,6 +27,7 @@ from tests.registry.workspace import MODEL, workspace, write_figures, write_mode
 __all__ = ["workspace"]  # a fixture
 DESCRIPTION = {"sha256": "cd" * 32, "spec": {"shape": [1, 8, 8]}, "counts": {"train": 9}}
 PICTURE = np.zeros((8, 8), np.uint8)
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def start(key: str = "k", model: str = "m", **params: Any) -> Any:
@@ -48,10 +49,36 @@ def steps(run: Any, metric: str = "loss") -> list[int]:
     return sorted(entry.step for entry in tracking.client().get_metric_history(run.info.run_id, metric))
 
 
-def in_process(target: Callable[..., None], *arguments: Any) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+def in_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """Spawned, not forked: a fork of this process has its locks, but not the threads of other tests that hold them."""
+    process = SPAWN.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def is_killed_at_step_50() -> None:
+    with start() as run:
+        for step in range(1, 51):
+            run.log(row(step))
+            if step in (20, 40):
+                run.image(PICTURE, step)
+        run.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trains_until_told(ready: Any) -> None:
+    with start() as run:
+        run.log(row(1))
+        ready.set()
+        time.sleep(60)
+
+
+def trains_100_steps(number: int) -> None:
+    with start(key=str(number), model=f"m{number}") as run:
+        for step in range(1, 101):
+            run.log(row(step))
+            if step % 25 == 0:
+                run.flush()
 
 
 def test_a_run_holds_what_a_reviewer_looks_for(workspace: Path) -> None:
@@ -107,16 +134,7 @@ def test_a_training_that_raises_has_failed(workspace: Path) -> None:
 
 
 def test_a_killed_training_goes_on_in_the_same_run(workspace: Path) -> None:
-    def killed() -> None:
-        with start() as run:
-            for step in range(1, 51):
-                run.log(row(step))
-                if step in (20, 40):
-                    run.image(PICTURE, step)
-            run.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    process = in_process(killed)
+    process = in_process(is_killed_at_step_50)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     (stored,) = runs()
@@ -140,14 +158,8 @@ def test_a_killed_training_goes_on_in_the_same_run(workspace: Path) -> None:
 
 
 def test_sigterm_closes_the_run_as_killed(workspace: Path) -> None:
-    def trains(ready: Any) -> None:
-        with start() as run:
-            run.log(row(1))
-            ready.set()
-            time.sleep(60)
-
-    ready = multiprocessing.get_context("fork").Event()
-    process = in_process(trains, ready)
+    ready = SPAWN.Event()
+    process = in_process(trains_until_told, ready)
     assert ready.wait(60)
     assert process.pid
     os.kill(process.pid, signal.SIGTERM)
@@ -161,14 +173,7 @@ def test_several_processes_start_at_once_without_a_store(tmp_path: Path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
 
-    def trains(number: int) -> None:
-        with start(key=str(number), model=f"m{number}") as run:
-            for step in range(1, 101):
-                run.log(row(step))
-                if step % 25 == 0:
-                    run.flush()
-
-    processes = [in_process(trains, number) for number in range(4)]
+    processes = [in_process(trains_100_steps, number) for number in range(4)]
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
