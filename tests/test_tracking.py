@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
-import mlflow
 from genus import tracking
 from genus.errors import UserError
 from genus.stages import register
