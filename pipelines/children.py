@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from genus import forkserver
 from genus.errors import UserError
 
 STATE = Path(".genus")
 LOGS = Path("logs")
+FORKS = STATE / "forks.sock"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Children:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "GENUS_PROGRESS": str(progress),
             "GENUS_WORK": str(work),
+            forkserver.VARIABLE: str(FORKS),  # where no server listens a stage does its own imports
         }
         started = time.monotonic()
         with log.open("wb") as out:

@@ -90,20 +90,22 @@ class Cost:
     work: float  # the stages' own work, as they report it
     processes: float  # their processes from start to end, DVC and imports included
     flow: float  # this process while no stage was running
+    imports: float = 0.0  # what was imported once for all stages
 
     @classmethod
-    def of(cls, ran: Collection[Ran], flow: float) -> Cost:
-        return cls(sum(r.work for r in ran), sum(r.seconds for r in ran), flow)
+    def of(cls, ran: Collection[Ran], flow: float, imports: float = 0.0) -> Cost:
+        return cls(sum(r.work for r in ran), sum(r.seconds for r in ran), flow, imports)
 
     @property
     def orchestration(self) -> float:
-        return self.processes - self.work + self.flow
+        return self.processes - self.work + self.flow + self.imports
 
     def __str__(self) -> str:
         share = f" = {100 * self.orchestration / self.work:.1f}% of it" if self.work else ""
         return (
             f"orchestration: {self.orchestration:.1f} s beside {self.work:.1f} s of the stages' own work{share} "
-            f"({self.processes - self.work:.1f} s process starts, imports and DVC; {self.flow:.1f} s the flow itself)"
+            f"({self.processes - self.work:.1f} s process starts and DVC; {self.imports:.1f} s imports for all stages; "
+            f"{self.flow:.1f} s the flow itself)"
         )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
-from genus import config
+from genus import config, forkserver
 from genus.errors import UserError
 from genus.quiet import quieten
 from pipelines import outcome, plan, server
-from pipelines.children import one_run_at_a_time
+from pipelines.children import FORKS, one_run_at_a_time
 
 
 def run(
@@ -45,11 +46,13 @@ def run(
         walked = None
         if waiting:
             ready = server.start()
-            _check_models(params, waiting)  # imports torch, and the next line Prefect, while the server starts
-            from pipelines.train import walk
+            with _forkserver(params, waiting) as end_forkserver:
+                _check_models(params, waiting)  # imports torch, and the next line Prefect, while the servers start
+                from pipelines.train import walk
 
-            ready()
-            walked = walk(todo, waiting, forced, params, jobs, console)
+                ready()
+                walked = walk(todo, waiting, forced, params, jobs, console)
+                walked.imports = end_forkserver()
             for failure in walked.failed:
                 console.print(f"failed   {failure}", style="red", markup=False, soft_wrap=True)
         else:
@@ -60,12 +63,21 @@ def run(
         elapsed = time.monotonic() - started
         if walked and walked.ran:
             console.print(f"seconds  {outcome.seconds_by_stage(walked.ran)}", markup=False, soft_wrap=True)
-            console.print(str(outcome.Cost.of(walked.ran, elapsed - walked.busy)), markup=False, soft_wrap=True)
+            cost = outcome.Cost.of(walked.ran, elapsed - walked.busy, walked.imports)
+            console.print(str(cost), markup=False, soft_wrap=True)
     failed = walked.failed if walked else []
     console.print(f"{'failed' if failed else 'done'} in {elapsed:.1f} s")
     if failed:
         return 2 if all(failure.user for failure in failed) else 1
     return 0
+
+
+def _forkserver(params: config.Params, waiting: Collection[str]) -> AbstractContextManager[Callable[[], float]]:
+    """The server that the stages are forked from, where there are enough of them to be worth its start."""
+    several = sum(plan.kind(stage) in plan.TRAINS_OR_SAMPLES for stage in waiting) > 1
+    if several and forkserver.AVAILABLE:
+        return forkserver.running(FORKS, config.fixed_threads(params.threads))
+    return nullcontext(lambda: 0.0)
 
 
 def _check_models(params: config.Params, stages: Collection[str]) -> None:

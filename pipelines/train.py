@@ -26,7 +26,7 @@ from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
-from genus.config import Params
+from genus.config import Params, fixed_threads
 from genus.files import write_json
 from pipelines import run, server
 from pipelines.children import LOGS, STATE, Children, Ran, StageFailed
@@ -59,6 +59,7 @@ class Walked:
     ran: list[Ran] = field(default_factory=list)
     failed: list[StageFailed] = field(default_factory=list)
     busy: float = 0.0  # seconds in which at least one stage was running
+    imports: float = 0.0  # CPU seconds of the server that stages are forked from
 
     def has(self, stage: str) -> bool:
         return stage in {*(done.stage for done in self.ran), *(failure.stage for failure in self.failed)}
@@ -154,7 +155,7 @@ class Slots:
 
     def __init__(self, threads: int, device: str, jobs: int | None = None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        fixed = fixed_threads(threads)
         self._cpu = [Slot(None, fixed)] * (jobs or max(1, cores // threads))
         gpus = [] if device == "cpu" else _gpus()[:jobs]
         self._gpu = [Slot(gpu, fixed | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]

@@ -13,6 +13,11 @@ from genus.errors import UserError, nearest
 Scalar = str | int | float | bool
 
 
+def fixed_threads(threads: int) -> dict[str, str]:
+    """The variables by which numerical libraries learn how many threads they may use."""
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
 class Section(BaseModel):
     """A section of params.yaml: refuses keys and types that it does not know."""
 

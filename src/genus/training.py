@@ -58,7 +58,7 @@ def set_up(threads: int, seed: int) -> None:
     """Fixes what a result may depend on: threads, seeds, kernels. Once a process, before the model is built."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler as well: 1.6 s
     # Else every new tensor is first filled with NaN, a debugging aid that costs a third of the speed.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Denormals slow a CPU down by an order of magnitude where activations die out.
