@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def results(models: Collection[str], versions: dict[str, str]) -> Table:
         table.add_row(
             model,
             about.get("family", "-"),
-            about.get("paper", "-"),
+            _short(about.get("paper", "-")),
             " ".join(filter(None, (_number(bits.get("value"), ".3f"), bits.get("kind")))),
             _number(distance.get("value"), ".1f"),
             _number(distance.get("relative"), ".3f"),  # of the Gaussian control's distance
@@ -136,6 +137,11 @@ def results(models: Collection[str], versions: dict[str, str]) -> Table:
             versions.get(model, "-"),
         )
     return table
+
+
+def _short(paper: str) -> str:
+    """The arXiv numbers alone, where the paper has any: the whole citation is in `genus models` and the scorecard."""
+    return ", ".join(re.findall(r"\d{4}\.\d{4,5}", paper)) or paper
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def test_wrong_command_is_one_line_and_status_2(genus: Call, arguments: list[str
 @pytest.mark.parametrize(
     ("right", "wrong", "line"),
     [
+        (
+            "    family: autoregressive/pixelcnn",
+            "    famly: autoregressive/pixelcnn",
+            "famly: unknown key: did you mean 'family'?",
+        ),
         ("budget:", "bugdet:", "params.yaml: bugdet: unknown key: did you mean 'budget'?"),
         ("seed: 0", "seed: zero", "params.yaml: seed: "),
         ("seed: 0", "seed: [", "params.yaml: not YAML, line"),

@@ -143,8 +143,8 @@ def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
 
 
 def _explain(error: ValidationError, raw: Any) -> str:
-    """The first thing wrong, as `key.path: what is wrong`."""
-    first = error.errors()[0]
+    """The first thing wrong, as `key.path: what is wrong`; a misspelt key before the one that is missing for it."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
