@@ -152,11 +152,11 @@ def gpu_check() -> None:
 
 def _stage(stage: str, name: str) -> None:
     """Runs genus.stages.<stage>; leaves the seconds of its own work where the flow asks for them."""
-    from genus import config
-
     status = forkserver.hand_over([stage, name])
     if status is not None:
         raise typer.Exit(status)
+    from genus import config
+
     # Libraries read them when they are imported; with other numbers of threads sums come out in another order.
     os.environ |= config.fixed_threads(config.load().threads)
     module = importlib.import_module(f"genus.stages.{stage}")
