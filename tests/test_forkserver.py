@@ -16,9 +16,9 @@ from genus import forkserver
 
 pytestmark = pytest.mark.skipif(not forkserver.AVAILABLE, reason="the forkserver needs Linux's pidfd_open")
 
-# Stands in for the real server: no libraries, and `genus` is the function below.
+# Stands in for the real server: no libraries, and what is asked for is Python code.
 SERVER = """
-import importlib, sys, types
+import sys
 from pathlib import Path
 from genus import forkserver
 
@@ -110,6 +110,14 @@ def test_without_a_server_nothing_is_handed_over(tmp_path: Path, monkeypatch: py
     assert forkserver.hand_over(["train", "x"]) is None
     monkeypatch.setenv(forkserver.VARIABLE, str(tmp_path / "nobody.sock"))
     assert forkserver.hand_over(["train", "x"]) is None
+
+
+def test_a_request_that_is_too_long_is_done_by_the_asker(tmp_path: Path, server: subprocess.Popen[bytes]) -> None:
+    code = f"import os; from genus import forkserver; os.environ['LONG'] = 'x' * {1 << 17}; " + (
+        "sys.exit(7 if forkserver.hand_over(['print()']) is None else 0)"
+    )
+    asked = subprocess.run([sys.executable, "-c", f"import sys; {code}"], cwd=tmp_path, env=os.environ | HANDED)
+    assert asked.returncode == 7
 
 
 def test_what_is_imported_ahead_holds_no_code_of_genus() -> None:

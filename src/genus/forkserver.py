@@ -37,6 +37,7 @@ LIBRARIES = (
     "ruamel.yaml",
 )
 GRACE = 3.0  # seconds that a stage has to end by itself
+_GONE = (ProcessLookupError, PermissionError, BrokenPipeError)  # the other process has ended meanwhile
 _LONGEST = 1 << 17  # bytes of a request: arguments and environment
 
 
@@ -82,11 +83,13 @@ def hand_over(arguments: list[str]) -> int | None:
         return None
     variables = {name: value for name, value in os.environ.items() if name != VARIABLE}
     request = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": variables}).encode()
+    if len(request) > _LONGEST:
+        return None
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             connection.connect(path)
             socket.send_fds(connection, [request], [0, 1, 2])
-        except OSError:  # not ready yet, gone, or a request that is too long: nothing has begun
+        except OSError:  # not ready yet, or gone: nothing has begun
             return None
         try:
             answer = connection.recv(64)
@@ -145,7 +148,7 @@ def _supervise(connection: socket.socket) -> list[str] | None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         return request["arguments"]
-    with contextlib.suppress(ProcessLookupError, PermissionError, BrokenPipeError):
+    with contextlib.suppress(*_GONE):
         os.setpgid(worker, worker)  # here too: whichever of the two comes first
     for descriptor in descriptors:
         os.close(descriptor)
@@ -153,12 +156,12 @@ def _supervise(connection: socket.socket) -> list[str] | None:
     ready, _, _ = select.select([connection.fileno(), process], [], [])
     if process not in ready:  # the one who asked was told to stop, or is gone
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError, BrokenPipeError):
+            with contextlib.suppress(*_GONE):
                 os.killpg(worker, number)
             if select.select([process], [], [], GRACE)[0]:
                 break
     status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-    with contextlib.suppress(ProcessLookupError, PermissionError, BrokenPipeError):
+    with contextlib.suppress(*_GONE):
         connection.send(str(status if status >= 0 else 128 - status).encode())
     return None
 
