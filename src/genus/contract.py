@@ -87,13 +87,71 @@ class Encodes(Protocol):
 
 
 @runtime_checkable
+class Decodes(Protocol):
+    """Draws by decoding a standard normal code of ``latent`` numbers."""
+
+    latent: int
+
+    def decode(self, code: Tensor) -> Tensor:
+        """[B, latent] to [B, *shape] in the units of DataSpec."""
+        ...
+
+
+@runtime_checkable
+class Weighs(Protocol):
+    """Gives importance weights, from which tighter bounds of the likelihood are made."""
+
+    def log_weights(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
+        """[k, B]: log p(x, z) / q(z | x) in nats for k draws of z; the log of their mean is a bound that k tightens."""
+        ...
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """Knows the posterior mean under Gaussian noise, and with it the score at every noise level."""
+
+    sigmas: list[float]  # the noise levels it was trained for, falling
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[clean | x] for ``x`` [B, *shape] with noise of standard deviation ``sigma`` [B]."""
+        ...
+
+
+@runtime_checkable
+class Walks(Protocol):
+    """Samples step by step, and can show the way."""
+
+    def trajectory(self, n: int, *, frames: int, generator: Generator) -> Tensor:
+        """[frames, n, *shape]: the same ``n`` samples from the first state to the finished one."""
+        ...
+
+
+@runtime_checkable
+class Conditional(Protocol):
+    """Samples what it is asked for: ``cond`` of sample() is one of ``labels`` labels, int64 [n]."""
+
+    labels: int
+
+    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, **knobs: Any) -> Tensor: ...
+
+
+@runtime_checkable
 class Initialises(Protocol):
     """Sets itself up from a first batch (actnorm): the trainer calls it once, before the first step."""
 
     def initialise(self, batch: Batch, *, generator: Generator) -> None: ...
 
 
-CAPABILITIES: dict[str, type] = {"samples": Samples, "scores": Scores, "encodes": Encodes}
+CAPABILITIES: dict[str, type] = {
+    "samples": Samples,
+    "scores": Scores,
+    "encodes": Encodes,
+    "decodes": Decodes,
+    "weighs": Weighs,
+    "denoises": Denoises,
+    "walks": Walks,
+    "conditional": Conditional,
+}
 
 
 def family_names() -> list[str]:
