@@ -67,6 +67,23 @@ class Evaluate(Section):
     knobs: dict[str, Scalar] = {}  # keyword arguments of the family's sample()
 
 
+class Probe(Section):
+    """The short trainings by which stability and capacity are measured: about a minute of one thread a model."""
+
+    size: int = Field(12, ge=4)  # side in pixels that the images are shrunk to
+    steps: int = Field(100, ge=20)
+    seeds: int = Field(3, ge=2)
+    learning_rates: list[float] = [0.1, 0.3, 3.0, 10.0]  # multipliers; 1 is among the seeds
+    widths: list[float] = [0.5, 2.0]  # multipliers; 1 is among the seeds
+    batch: float = Field(0.125, gt=0)  # multiplier of the small-batch jobs; 1: none
+    outliers: float = Field(0.001, ge=0, lt=1)  # share of planted noise images; 0: none
+    sizes: list[int] = [8, 20]  # sides of the resolution jobs
+    samples: int = Field(512, ge=100)  # drawn from every job
+    knobs: dict[str, Scalar] = {}  # of sample(), over those of evaluate
+    vary: dict[str, list[Scalar]] = {}  # parameters of the family, each with the values to try
+    two_d: list[str] = ["rings", "checkerboard"]  # sets of known density that the family is fitted to
+
+
 class Model(Section):
     """One model: a family, its parameters and the data it learns. Its name is its registry name."""
 
@@ -76,6 +93,7 @@ class Model(Section):
     params: dict[str, Any] = {}  # keyword arguments of the family
     train: Train
     evaluate: Evaluate = Evaluate()
+    probe: Probe = Probe()
 
 
 class Collection(Section):

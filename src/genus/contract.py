@@ -36,6 +36,7 @@ class Family(nn.Module):
     """
 
     paper: ClassVar[str] = ""  # "Author & Author year, arXiv number"
+    widths: ClassVar[tuple[str, ...]] = ()  # the parameters that scale its capacity
 
     def __init__(self, spec: DataSpec):
         super().__init__()

@@ -1,72 +1,88 @@
-"""The scorecard: the records of a collection's models side by side, as data and as a page for people."""
+"""The scorecard as data: what stands in reports/scorecard.json and on the page made of it."""
 
 from __future__ import annotations
 
-import base64
-import csv
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from genus.evaluation import claims as ledger
+from genus.evaluation import properties
+
 Record = dict[str, Any]
-PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e")
 
 
-def scorecard(about: str, records: list[Record]) -> dict[str, Any]:
-    """What stands in reports/scorecard.json: the records in order, and the best model of each metric."""
-    best: dict[str, str] = {}
-    for metric in ("bits_per_dim", "frechet_distance", "kid"):
-        measured = [record for record in records if metric in record["metrics"]]
-        for dataset in dict.fromkeys(record["dataset"] for record in measured):
-            rivals = [record for record in measured if record["dataset"] == dataset]
-            best[f"{dataset}/{metric}"] = min(rivals, key=lambda record: record["metrics"][metric]["value"])["name"]
-    return {"about": about, "best": best, "models": records}
+def scorecard(
+    about: str, records: Mapping[str, Record], datasets: Mapping[str, Any], claims: list[ledger.Claim]
+) -> dict[str, Any]:
+    """All figures of a collection: its models' records, what the data set itself scores, properties and verdicts.
 
-
-def page(card: dict[str, Any], models: Path) -> str:
-    """The scorecard as one HTML page that needs no other file: table, sample grids and loss curves."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("genus", "evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    shown = [
-        record
-        | {
-            "picture": _picture(models / record["name"] / "samples.png"),
-            "curve": _curve(models / record["name"] / "history.csv", PALETTE[index % len(PALETTE)]),
-        }
-        for index, record in enumerate(card["models"])
-    ]
-    return environment.get_template("scorecard.html.j2").render(card=card, models=shown)
-
-
-def _picture(path: Path) -> str | None:
-    return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
-
-
-def _curve(path: Path, colour: str, width: int = 320, height: int = 120) -> dict[str, Any] | None:
-    """The training loss against steps as the points of an SVG line, cut at the 98th percentile to be readable."""
-    if not path.exists():
-        return None
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    name = "loss" if rows and "loss" in rows[0] else next((key for key in rows[0] if key.endswith("_loss")), None)
-    if name is None:
-        return None
-    steps, values = [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
-    top, bottom = sorted(values)[int(0.98 * (len(values) - 1))], min(values)
-    span = (top - bottom) or 1.0
-    points = " ".join(
-        f"{width * step / steps[-1]:.1f},{height * (1 - (min(value, top) - bottom) / span):.1f}"
-        for step, value in zip(steps, values, strict=True)
-    )
+    ``records``: the evaluation of a model with its probe; one with a ``failure`` has only a name and a family.
+    ``datasets``: what the judge stage found of each. Verdicts and advice are given for each data set by itself.
+    """
+    rows = properties.table(records)
+    verdicts, advice = [], []
+    for dataset in datasets:
+        members = {name: record for name, record in records.items() if record["dataset"] == dataset}
+        own = [row | {"cells": {name: row["cells"][name] for name in members}} for row in rows]
+        families = {name: record["family"] for name, record in members.items() if not record.get("failure")}
+        for verdict in ledger.judge(claims, families, {row["key"]: row["cells"] for row in own}):
+            verdicts.append({"dataset": dataset} | verdict)
+        advice += [{"dataset": dataset} | need for need in properties.advice(own)]
+    for row in rows:
+        row["claims"] = sorted({v["id"] for v in verdicts if row["key"] in v["measures"]})
     return {
-        "points": points,
-        "width": width,
-        "height": height,
-        "colour": colour,
-        "name": name,
-        "top": f"{top:.4g}",
-        "bottom": f"{bottom:.4g}",
-        "steps": int(steps[-1]),
+        "about": about,
+        "datasets": dict(datasets),
+        "models": dict(records),
+        "properties": rows,
+        "verdicts": verdicts,
+        "advice": advice,
+        "tradeoff": tradeoff(records),
     }
+
+
+def tradeoff(records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """Quality against sampling time: a point a model, and one for each setting of a knob that was tried.
+
+    Quality is the Fréchet distance as a share of the Gaussian control's. A point is ``pareto`` when no other of its
+    data set is both faster and better.
+    """
+    points = []
+    for name, record in records.items():
+        metrics, timing = record.get("metrics", {}), record.get("timing", {})
+        curve = (metrics.get("curve") or {}).get("points", [])
+        tried = [(point, ms, _label(point["knobs"])) for point, ms in zip(curve, timing.get("curve_sample_ms", []), strict=False)]
+        own = metrics.get("frechet_distance")
+        if own and "sample_ms" in timing:
+            scale = own["relative"] / own["value"] if own["value"] else 0.0
+            ends = {"low": own["low"] * scale, "high": own["high"] * scale}
+            calls = (metrics.get("nfe") or {}).get("value")
+            tried.append(({"relative": own["relative"], "calls": calls, "n": own["n"]} | ends, timing["sample_ms"], ""))
+        for point, ms, label in tried:
+            if point.get("relative") is not None:
+                points.append(
+                    {
+                        "dataset": record["dataset"],
+                        "model": name,
+                        "label": label,
+                        "sample_ms": ms,
+                        "quality": point["relative"],
+                        "low": point.get("low"),
+                        "high": point.get("high"),
+                        "n": point.get("n"),
+                        "nfe": point.get("calls"),
+                    }
+                )
+    for point in points:
+        point["pareto"] = not any(
+            other["dataset"] == point["dataset"]
+            and other["sample_ms"] <= point["sample_ms"]
+            and other["quality"] <= point["quality"]
+            and (other["sample_ms"], other["quality"]) != (point["sample_ms"], point["quality"])
+            for other in points
+        )
+    return points
+
+
+def _label(knobs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in knobs.items())

@@ -1,0 +1,171 @@
+"""What textbooks say of the families (claims.yaml), and what the measurements say to that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from genus.config import Section
+from genus.data.options import checked
+from genus.errors import UserError, nearest
+
+Figure = Mapping[str, Any]
+Cells = Mapping[str, Mapping[str, Figure | None]]  # measure: {model: its figure, or None}
+SUPPORTED, CONTRADICTED, UNDECIDED, WAITING = "supported", "contradicted", "undecided", "waiting"
+COMPARISONS = ("at_most", "at_least", "less_than", "more_than", "is_in", "present")
+
+
+class Condition(Section):
+    """One comparison of one measure; exactly one of the keys after ``measure`` is given.
+
+    Numbers are compared with the measure's 95% interval: decided only where all of it lies on one side.
+    """
+
+    measure: str  # key of a row of properties.py
+    at_most: float | None = None
+    at_least: float | None = None
+    less_than: Literal["others"] | None = None  # the models of all other families
+    more_than: Literal["others"] | None = None
+    is_in: list[str] | None = None  # kinds
+    present: bool | None = None  # whether the model has the measure at all
+
+    @model_validator(mode="after")
+    def _one(self) -> Condition:
+        if sum(getattr(self, name) is not None for name in COMPARISONS) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(COMPARISONS)}")
+        return self
+
+
+class Claim(Section):
+    """A claim about some families; it holds where all of its conditions do, for every model of the families."""
+
+    id: int
+    claim: str
+    property: Literal["stability", "capacity", "density", "constraints", "speed"]
+    families: list[str]  # folders of genus/families, or single families
+    all: list[Condition] = []
+    waits_for: str = ""  # the model or data without which it cannot be measured yet
+    source: str = ""
+
+
+class Ledger(Section):
+    """All of claims.yaml."""
+
+    source: str  # of the claims that name none of their own
+    claims: list[Claim] = Field(min_length=1)
+
+
+def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
+    """Reads and checks the claims. Raises UserError naming the file and the key."""
+    from ruamel.yaml import YAML, YAMLError
+
+    path = Path(path)
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; it holds the claims that the report judges") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: right would be a mapping with source and claims")
+    ledger = checked(Ledger, raw, str(path))
+    ids = [claim.id for claim in ledger.claims]
+    twice = {number for number in ids if ids.count(number) > 1}
+    if twice:
+        raise UserError(f"{path}: two claims have the id {min(twice)}")
+    return [claim.model_copy(update={"source": claim.source or ledger.source}) for claim in ledger.claims]
+
+
+def judge(claims: Iterable[Claim], families: Mapping[str, str], cells: Cells) -> list[dict[str, Any]]:
+    """A verdict for each claim, from the figures in ``cells`` of the models in ``families`` (model: family).
+
+    Supported where every condition is, contradicted where one is, else undecided; waiting where there is no model or
+    no figure to judge by. Raises UserError for a measure that does not exist.
+    """
+    return [_judged(claim, families, cells) for claim in claims]
+
+
+def _judged(claim: Claim, families: Mapping[str, str], cells: Cells) -> dict[str, Any]:
+    members = [model for model, family in families.items() if _within(family, claim.families)]
+    others = [model for model in families if model not in members]
+    described = {
+        "id": claim.id,
+        "claim": claim.claim,
+        "property": claim.property,
+        "families": claim.families,
+        "models": members,
+        "measures": [condition.measure for condition in claim.all],
+        "source": claim.source,
+    }
+    for condition in claim.all:
+        if condition.measure not in cells:
+            raise UserError(f"claims.yaml: claim {claim.id}: unknown measure: {nearest(condition.measure, cells)}")
+    if claim.waits_for:
+        return described | {"verdict": WAITING, "because": f"waits for {claim.waits_for}"}
+    if not members:
+        return described | {"verdict": WAITING, "because": f"waits for a model of {' or '.join(claim.families)}"}
+    found = [_compare(condition, model, others, cells) for condition in claim.all for model in members]
+    verdicts = [verdict for verdict, _ in found]
+    for verdict in (CONTRADICTED, WAITING, UNDECIDED):
+        if verdict in verdicts:
+            decisive = [reason for given, reason in found if given == verdict]
+            return described | {"verdict": verdict, "because": "; ".join(decisive)}
+    return described | {"verdict": SUPPORTED, "because": "; ".join(reason for _, reason in found)}
+
+
+def _within(family: str, named: Iterable[str]) -> bool:
+    return any(family == name or family.startswith(f"{name}/") for name in named)
+
+
+def _compare(condition: Condition, model: str, others: list[str], cells: Cells) -> tuple[str, str]:
+    """A verdict on one condition for one model, and the figures it stands on."""
+    figures = cells[condition.measure]
+    figure, name = figures.get(model), condition.measure
+    if condition.present is not None:
+        there = figure is not None
+        return SUPPORTED if there == condition.present else CONTRADICTED, f"{name} is {'there' if there else 'none'}"
+    if figure is None or figure.get("value") is None:
+        return WAITING, f"no figure of {name} for {model}"
+    told = f"{name} {describe(figure)}"
+    low, high = interval(figure)
+    if condition.is_in is not None:
+        return SUPPORTED if figure.get("kind") in condition.is_in else CONTRADICTED, f"{name} is {figure.get('kind')}"
+    if condition.at_most is not None:
+        bound = condition.at_most
+        return _decide(high <= bound, low > bound), f"{told}, asked at most {bound:g}"
+    if condition.at_least is not None:
+        bound = condition.at_least
+        return _decide(low >= bound, high < bound), f"{told}, asked at least {bound:g}"
+    known = [(m, f) for m in others if (f := figures.get(m)) is not None and f.get("value") is not None]
+    if not known:
+        return WAITING, f"no other family has {name}"
+    sign = 1 if condition.less_than else -1  # more_than is less_than of the negated figures
+    mine = sorted((sign * low, sign * high))
+    rival, figure = min(known, key=lambda pair: sign * pair[1]["value"])
+    rivals = [sorted(sign * end for end in interval(f)) for _, f in known]
+    wins = all(mine[1] < ends[0] for ends in rivals)
+    loses = any(ends[1] < mine[0] for ends in rivals)
+    return _decide(wins, loses), f"{told}; {rival} {describe(figure)}"
+
+
+def _decide(holds: bool, fails: bool) -> str:
+    return SUPPORTED if holds else CONTRADICTED if fails else UNDECIDED
+
+
+def interval(figure: Figure) -> tuple[float, float]:
+    """The ends of a figure's interval; a figure without one is exact."""
+    low, high = figure.get("low"), figure.get("high")
+    if low is None and high is None and not figure.get("open"):
+        return figure["value"], figure["value"]
+    return (-float("inf") if low is None else low), (float("inf") if high is None else high)
+
+
+def describe(figure: Figure) -> str:
+    """``0.33 (0.31 to 0.36)``."""
+    low, high = figure.get("low"), figure.get("high")
+    value = f"{figure['value']:.3g}"
+    return value if low is None or high is None else f"{value} ({low:.3g} to {high:.3g})"

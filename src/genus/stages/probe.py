@@ -1,0 +1,65 @@
+"""Stage probe: many short trainings of one model, by which its properties are measured."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from genus import config
+from genus.files import replacing, write_json
+
+
+def run(name: str) -> None:
+    """Probes ``name`` and writes reports/probes/<collection>/<name>/ and its seconds, which differ from run to run."""
+    params = config.load()
+    chosen = params.model(name)
+
+    from dataclasses import asdict
+
+    from PIL import Image
+
+    from genus.data.loaders import open_dataset
+    from genus.evaluation import constraints, two_d
+    from genus.evaluation.probe import Prober, setting, summarise
+    from genus.evaluation.reference import open_reference
+    from genus.training import pick_device, set_up
+
+    started = time.monotonic()
+    device = pick_device(params.device)
+    set_up(params.threads, params.seed)
+    data = open_dataset(chosen.dataset)
+    reference = open_reference(data, Path("data/judge") / chosen.dataset)
+    seconds: dict[str, float] = {}
+
+    prober = Prober(chosen, data, reference.judge.to(device), seed=params.seed, device=device)
+    prober.run()
+    seconds["probe_jobs_seconds"] = time.monotonic() - started
+
+    begun = time.monotonic()
+    found: dict[str, Any] = {
+        "setting": setting(chosen.probe, prober.size, len(prober.outcomes)),
+        **summarise(prober),
+        "curve": prober.curve,
+        "constraints": {
+            "free_places": constraints.free_places(chosen.family, {}, seed=params.seed),
+            "jacobian": constraints.jacobian(chosen.family, {}, seed=params.seed),
+            "networks": constraints.networks(chosen.family, {}, seed=params.seed),
+        },
+        "jobs": [asdict(outcome) for outcome in prober.outcomes.values()],
+        "two_d": {},
+    }
+    seconds["probe_constraints_seconds"] = time.monotonic() - begun
+
+    with replacing(Path("reports/probes") / chosen.collection / name) as folder:
+        folder.mkdir(parents=True)
+        for shape in chosen.probe.two_d:
+            fitted = two_d.fit(chosen.family, {}, shape, seed=params.seed, device=device)
+            found["two_d"][shape] = fitted.figures
+            seconds |= {f"probe_two_d_{shape}_{part}": value for part, value in fitted.seconds.items()}
+            for file, table in ((f"two_d-{shape}.png", fitted.table), (f"two_d-{shape}-truth.png", fitted.truth)):
+                Image.fromarray(two_d.picture(table)).save(folder / file, format="PNG")
+        write_json(folder / "probe.json", found)
+    seconds["probe_seconds"] = time.monotonic() - started
+    timing: dict[str, Any] = seconds | {"probe_curve_seconds": prober.curve_seconds}
+    write_json(Path("reports/timing/probe") / f"{name}.json", timing)
