@@ -100,7 +100,8 @@ class Collection(Section):
     """A named set of models with a scorecard of its own."""
 
     about: str
-    records: str  # the folder of records that its scorecard reads
+    records: str  # the folders of records and of probes that its scorecard reads
+    probes: str
     report: str  # the scorecard's file name under reports/, without extension
 
 
