@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 Score = Callable[[Tensor], Tensor]
 NoisyScore = Callable[[Tensor, float], Tensor]
+Watch = Callable[[int, Tensor, Tensor, float], None]  # number of the move, x, its score, its noise level
 
 
 def _noise(x: Tensor, generator: Generator) -> Tensor:
@@ -69,6 +70,7 @@ def annealed_langevin(
     generator: Generator,
     consistent: bool = True,
     denoise: bool = True,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Annealed Langevin dynamics (Song & Ermon 2019, 1907.05600, algorithm 1): same shape as ``x``.
 
@@ -89,11 +91,14 @@ def annealed_langevin(
     Raises ValueError for a rate too small to get down to the next level.
     """
     moves = [sigma for sigma in sigmas for _ in range(steps)]
-    for now, then in zip(moves, [*moves[1:], moves[-1]], strict=True):
+    for move, (now, then) in enumerate(zip(moves, [*moves[1:], moves[-1]], strict=True)):
         missing = 2 * rate * now**2
         if consistent:
             missing += then**2 - (1 + rate**2 / 2) * now**2
         if missing < 0:
             raise ValueError(f"rate {rate:.3g} is too small for the step from sigma {now:.3g} to {then:.3g}")
-        x = x + rate * now**2 * score(x, now) + math.sqrt(missing) * _noise(x, generator)
+        slope = score(x, now)
+        if watch is not None:
+            watch(move, x, slope, now)
+        x = x + rate * now**2 * slope + math.sqrt(missing) * _noise(x, generator)
     return x + sigmas[-1] ** 2 * score(x, sigmas[-1]) if denoise else x

@@ -27,6 +27,11 @@ class DataSpec:
         """Numbers in one example, the D of bits/dim."""
         return math.prod(self.shape)
 
+    @property
+    def flat(self) -> bool:
+        """Whether an example is a vector: an image of one place, [D, 1, 1]. Networks are dense then."""
+        return self.shape[1:] == (1, 1)
+
     def to_float(self, stored: Tensor) -> Tensor:
         """Stored values to the units of ``Batch.x``."""
         return stored.float() * (2 / (self.levels - 1)) - 1 if self.levels else stored.float()

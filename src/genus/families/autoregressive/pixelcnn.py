@@ -78,12 +78,14 @@ class Head(nn.Module):
 class PixelCNN(Family):
     """log p(x) = sum over values of log p(value | all earlier ones), exactly.
 
+    Vectors [D, 1, 1] are one position, and the head does all the work: a mixture of logistics a value, given those before.
     The receptive field of a position: rows up to ``2 + sum of dilations`` above, columns as far to the left. Height and
     width must be multiples of ``block`` (ValueError); ``block`` 1 is the classical model.
     """
 
     paper = "van den Oord et al. 2016, arXiv:1606.05328; Salimans et al. 2017, arXiv:1701.05517"
     density = "exact"
+    widths = ("channels", "head")
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class PixelCNN(Family):
     ):
         super().__init__(spec)
         colours, height, width = spec.shape
+        block = 1 if spec.flat else block
         if height % block or width % block:
             raise ValueError(f"a {height}x{width} image cannot be cut into {block}x{block} blocks")
         if not spec.levels:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,14 @@ from genus.nn.dequantisation import LOG_2PI, Dequantise, Gaussianise, Logit
 class Glow(Family):
     """``steps`` and ``hidden``: steps of flow and width of the coupling networks, one number a scale.
 
+    Vectors [D, 1, 1] are never squeezed: all steps make one scale, the couplings' networks are dense.
     ``bound``: a coupling scales by e^-bound … e^bound. ``onto_reals``: "gaussianise", or "logit" with its ``alpha``.
     Raises ValueError for an image whose sides can't be halved once a scale.
     """
 
     paper = "Kingma & Dhariwal 2018, arXiv:1807.03039"
     density = "dequantised"
+    widths = ("hidden",)
 
     def __init__(
         self,
@@ -56,14 +59,18 @@ class Glow(Family):
         if onto_reals not in ("gaussianise", "logit"):
             raise ValueError(f"onto_reals must be gaussianise or logit, not {onto_reals}")
         channels, height, width = spec.shape
-        if height % 2 ** len(steps) or width % 2 ** len(steps):
+        self.fold = 1 if spec.flat else 2
+        self.latent = spec.dims
+        if spec.flat:
+            steps, hidden = [sum(steps)], [max(hidden)]
+        if height % self.fold ** len(steps) or width % self.fold ** len(steps):
             raise ValueError(f"{height}x{width} can't be halved {len(steps)} times: give steps and hidden fewer scales")
         histogram = onto_reals == "gaussianise" and spec.levels > 0
         self.dequantise = Dequantise(spec, Gaussianise(spec.levels) if histogram else Logit(alpha))
         self.scales = nn.ModuleList()
         self.priors = nn.ModuleList()  # of what leaves after each scale but the last
         for count, wide in zip(steps, hidden, strict=True):
-            channels, height, width = 4 * channels, height // 2, width // 2
+            channels, height, width = self.fold**2 * channels, height // self.fold, width // self.fold
             self.scales.append(
                 nn.ModuleList(
                     Step(channels, wide, bound, (height, width), last=len(self.scales) == len(steps) - 1)
@@ -83,14 +90,14 @@ class Glow(Family):
             self.dequantise.onto_reals.fit(self.spec.to_levels(batch.x))
         x = self.dequantise(batch.x, generator=generator)[0].permute(0, 2, 3, 1)
         for index, steps in enumerate(self._steps()):
-            x = squeeze(x)
+            x = squeeze(x, self.fold)
             for step in steps:
                 x = step.initialise(x)
             if index < len(self.priors):
                 x = x.chunk(2, -1)[0]
 
     def _steps(self) -> list[list[Step]]:
-        return [[step for step in scale.children() if isinstance(step, Step)] for scale in self.scales]
+        return [cast("list[Step]", list(scale.children())) for scale in self.scales]
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
         loss = -self._log_prob(batch.x, generator).mean()
@@ -128,7 +135,7 @@ class Glow(Family):
         """Reals [B, C, H, W] to standard normal latents, one a scale, and the log-determinant [B]."""
         x, log_det, latents = y.permute(0, 2, 3, 1), y.new_zeros(len(y)), []  # [B, H, W, C]
         for index, steps in enumerate(self._steps()):
-            x = squeeze(x)  # [B, H/2, W/2, 4C]
+            x = squeeze(x, self.fold)  # [B, H/2, W/2, 4C]
             for step in steps:
                 x, change = step(x)
                 log_det = log_det + change
@@ -146,7 +153,7 @@ class Glow(Family):
         channels, height, width = self.spec.shape
         shapes = []
         for index in range(len(self.scales)):
-            channels, height, width = 4 * channels, height // 2, width // 2
+            channels, height, width = self.fold**2 * channels, height // self.fold, width // self.fold
             channels = channels // 2 if index < len(self.priors) else channels
             shapes.append((height, width, channels))
         parts = code.split([math.prod(shape) for shape in shapes], 1)
@@ -159,7 +166,7 @@ class Glow(Family):
                 x = torch.cat([x, mean + log_scale.exp() * latents[index]], -1)
             for step in reversed(self._steps()[index]):
                 x = step.inverse(x)
-            x = unsqueeze(x)
+            x = unsqueeze(x, self.fold)
         return x.permute(0, 3, 1, 2)
 
 
@@ -241,17 +248,19 @@ class Coupling(nn.Module):
         super().__init__()
         self.bound = bound
         half = channels // 2
+        kept, changed = channels - half, half  # as chunk() halves an odd number
+        kernel = 3 if math.prod(size) > 1 else 1
         # The middle convolution is 1x1, as in the paper: most weights, fewest places.
-        self.first = nn.Conv2d(half, hidden, 3, padding=1)
+        self.first = nn.Conv2d(kept, hidden, kernel, padding=kernel // 2)
         self.middle = nn.Conv2d(hidden, hidden, 1)
         self.place = nn.Parameter(torch.zeros(hidden, *size))
-        inputs = half * math.prod(size)
+        inputs = kept * math.prod(size)
         self.context = (
             nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden // 2), nn.ReLU(), nn.Linear(hidden // 2, hidden))
-            if whole
+            if whole and kernel > 1
             else None
         )
-        self.last = zeroed(nn.Conv2d(hidden, 2 * half, 3, padding=1))
+        self.last = zeroed(nn.Conv2d(hidden, 2 * changed, kernel, padding=kernel // 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x.chunk(2, -1)
@@ -286,16 +295,17 @@ class Coupling(nn.Module):
             h = ((h - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)).relu()
 
 
-def squeeze(x: Tensor) -> Tensor:
-    """[B, H, W, C] to [B, H/2, W/2, 4C]."""
+def squeeze(x: Tensor, f: int = 2) -> Tensor:
+    """[B, H, W, C] to [B, H/f, W/f, f²C]."""
     b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
+    return x.reshape(b, h // f, f, w // f, f, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h // f, w // f, f * f * c)
 
 
-def unsqueeze(x: Tensor) -> Tensor:
-    """[B, H, W, 4C] to [B, 2H, 2W, C]."""
+def unsqueeze(x: Tensor, f: int = 2) -> Tensor:
+    """[B, H, W, f²C] to [B, fH, fW, C]."""
     b, h, w, c = x.shape
-    return x.reshape(b, h, w, 2, 2, c // 4).permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
+    c //= f * f
+    return x.reshape(b, h, w, f, f, c).permute(0, 1, 3, 2, 4, 5).reshape(b, f * h, f * w, c)
 
 
 def apply(network: nn.Module, x: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ class DCGAN(Family):
     ``latent``: size of z. ``width`` and ``critic_width``: channels at half resolution; twice as many at a quarter.
     The generator learns five times as fast as the critic in params.yaml: with equal rates the critic wins early.
     ``r1``: weight γ of the penalty γ/2 |∇D(x)|² on real images, applied every ``r1_every`` critic steps and then that
-    many times as strong. Sizes must be multiples of 4.
+    many times as strong. Sizes must be multiples of 4; for vectors [D, 1, 1] both networks are fully connected.
     """
 
     critic_steps: Tensor
     paper = "Radford et al. 2015, arXiv 1511.06434"
+    widths = ("width", "critic_width")
 
     def __init__(
         self,
@@ -44,10 +45,18 @@ class DCGAN(Family):
     ):
         super().__init__(spec)
         channels, height, width_px = spec.shape
-        if height % 4 or width_px % 4:
+        if not spec.flat and (height % 4 or width_px % 4):
             raise ValueError(f"DCGAN halves the image twice: height and width must be multiples of 4, not {spec.shape}")
         self.latent, self.r1, self.r1_every = latent, r1, r1_every
         self.register_buffer("critic_steps", torch.zeros((), dtype=torch.int64))  # where in the R1 cycle: for resuming
+        if spec.flat:
+            self.generator = nn.Sequential(
+                *perceptron(latent, 4 * width, nn.ReLU()), nn.Linear(4 * width, channels), nn.Tanh()
+            )
+            self.generator.append(nn.Unflatten(1, spec.shape))
+            inputs = [nn.Flatten(), *perceptron(channels, 8 * critic_width, nn.LeakyReLU(0.2))]
+            self.critic = nn.Sequential(*inputs, nn.Linear(8 * critic_width, 1))
+            return
         small = (height // 4, width_px // 4)
         self.generator = nn.Sequential(
             nn.Linear(latent, 2 * width * small[0] * small[1], bias=False),
@@ -97,13 +106,22 @@ class DCGAN(Family):
 
     def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, **knobs: Any) -> Tensor:
         """[n, C, H, W] in [-1, 1], in one pass."""
-        return self.generator(self._latents(n, generator))
+        return self.decode(self._latents(n, generator))
+
+    def decode(self, code: Tensor) -> Tensor:
+        """[B, C, H, W] of codes [B, latent]."""
+        return self.generator(code)
 
     def _latents(self, n: int, generator: Generator) -> Tensor:
         return torch.randn(n, self.latent, generator=generator, device=self.critic_steps.device)
 
     def _penalise(self) -> bool:
         return self.r1 > 0 and int(self.critic_steps) % self.r1_every == 0
+
+
+def perceptron(inputs: int, hidden: int, activation: nn.Module) -> list[nn.Module]:
+    """Two hidden layers."""
+    return [nn.Linear(inputs, hidden), activation, nn.Linear(hidden, hidden), activation]
 
 
 def gradient_penalty(score: Tensor, x: Tensor) -> Tensor:

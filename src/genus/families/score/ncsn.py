@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
-from genus.samplers import annealed_langevin, step_rate
+from genus.samplers import Watch, annealed_langevin, step_rate
 
 
 def ladder_ratio(dims: int) -> float:
@@ -107,6 +107,29 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
 
 
+class Dense(nn.Module):
+    """The network for vectors: [B, D, 1, 1] and ln sigma [B] to [B, D, 1, 1]. Residual, scaled and shifted by the level."""
+
+    frequencies: Tensor
+
+    def __init__(self, dims: int, hidden: int, blocks: int = 3):
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.3), math.log(10.0), 16)))
+        self.embed = nn.Sequential(nn.Linear(32, hidden), nn.SiLU())
+        self.enter, self.leave = nn.Linear(dims, hidden), nn.Linear(hidden, dims)
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(blocks))
+        self.film = nn.ModuleList(nn.Linear(hidden, 2 * hidden) for _ in range(blocks))
+
+    def forward(self, x: Tensor, log_sigma: Tensor) -> Tensor:
+        angle = log_sigma[:, None] * self.frequencies
+        embedded = self.embed(torch.cat([angle.cos(), angle.sin()], 1))
+        h = self.enter(x.flatten(1))
+        for block, film in zip(self.blocks, self.film, strict=True):
+            scale, shift = film(embedded).chunk(2, 1)
+            h = h + block(F.silu(h * (1 + scale) + shift))
+        return self.leave(F.silu(h)).view(x.shape)
+
+
 class NCSN(Family):
     """Learns the score of the data at L noise levels; samples by going down them.
 
@@ -116,9 +139,11 @@ class NCSN(Family):
     ``sigma_data``: standard deviation of a pixel, for the scaling.
     ``centre``, ``spread``: training visits level sigma with weight exp(-(ln sigma - centre)^2 / 2 spread^2), EDM's
     log-normal restricted to the ladder: the middle levels decide the look, the outer ones are nearly linear in x.
+    Vectors [D, 1, 1] get a dense network, and a ladder fine enough to be asked between its levels.
     Raises ValueError where height or width is no multiple of 4.
     """
 
+    widths = ("width", "hidden")
     paper = "Song & Ermon 2019, 1907.05600; 2020, 2006.09011"
     ladder: Tensor
     chance: Tensor
@@ -139,16 +164,19 @@ class NCSN(Family):
     ):
         super().__init__(spec)
         _, height, across = spec.shape
-        if height % 4 or across % 4:
+        if not spec.flat and (height % 4 or across % 4):
             raise ValueError(f"NCSN needs height and width divisible by 4, not {height}x{across}")
         top = sigma_max or 1.5 * math.sqrt(spec.dims)
         count = 1 + math.ceil(math.log(top / sigma_min) / math.log(ladder_ratio(spec.dims)))
+        count = max(count, 64) if spec.flat else count
         self.sigmas: list[float] = [top * (sigma_min / top) ** (i / (count - 1)) for i in range(count)]
         self.sigma_data = sigma_data
         ladder = torch.tensor(self.sigmas)
         self.register_buffer("ladder", ladder, persistent=False)
         self.register_buffer("chance", torch.exp(-((ladder.log() - centre) ** 2) / (2 * spread**2)), persistent=False)
-        self.network = UNet(spec.shape, width, (blocks_high, blocks_low), hidden)
+        self.network = (
+            Dense(spec.dims, hidden) if spec.flat else UNet(spec.shape, width, (blocks_high, blocks_low), hidden)
+        )
 
     @property
     def nfe(self) -> int:
@@ -181,11 +209,18 @@ class NCSN(Family):
         return {"loss": (weight * error**2).mean()}
 
     def sample(
-        self, n: int, *, generator: Generator, cond: Tensor | None = None, steps: int = 1, thin: int = 1
+        self,
+        n: int,
+        *,
+        generator: Generator,
+        cond: Tensor | None = None,
+        steps: int = 1,
+        thin: int = 1,
+        watch: Watch | None = None,
     ) -> Tensor:
         """[n, C, H, W] by annealed Langevin dynamics: ``steps`` moves at every ``thin``-th level, then one denoising.
 
-        The step size is technique 4's for that ladder and number of steps.
+        The step size is technique 4's for that ladder and number of steps. ``watch`` is shown every move.
         """
         sigmas = self.sigmas[::thin]
         x = sigmas[0] * torch.randn((n, *self.spec.shape), generator=generator, device=generator.device)
@@ -194,7 +229,23 @@ class NCSN(Family):
         def score(x: Tensor, sigma: float) -> Tensor:
             return self.score(x, torch.full((len(x),), sigma, device=x.device))
 
-        return annealed_langevin(score, x, sigmas, rate=rate, steps=steps, generator=generator).clamp(-1, 1)
+        sampled = annealed_langevin(score, x, sigmas, rate=rate, steps=steps, generator=generator, watch=watch)
+        return sampled.clamp(-1, 1)
+
+    def trajectory(self, n: int, *, frames: int, generator: Generator) -> Tensor:
+        """[frames, n, *shape]: the posterior means on the way, evenly spaced in ln sigma, and last the samples.
+
+        Not the noisy states: their noise hides what has been decided.
+        """
+        shown: list[Tensor] = []
+        at = {round(k * (len(self.sigmas) - 1) / max(1, frames - 1)) for k in range(frames - 1)}
+
+        def watch(move: int, x: Tensor, score: Tensor, sigma: float) -> None:
+            if move in at:
+                shown.append((x + sigma**2 * score).clamp(-1, 1))
+
+        last = self.sample(n, generator=generator, watch=watch)
+        return torch.stack([*shown, last])
 
 
 Model = NCSN

@@ -1,7 +1,8 @@
 """Convolutional variational autoencoder with a discretised likelihood.
 
 Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114; the importance-weighted bound is that of
-Burda et al. 2015, arXiv:1509.00519; the likelihood, a mixture of logistics a pixel, that of PixelCNN++.
+Burda et al. 2015, arXiv:1509.00519; the likelihood, a mixture of logistics a pixel, that of PixelCNN++; the weight ``beta`` of the KL term that of
+Higgins et al. 2017, "beta-VAE" (ICLR).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ class VAE(Family):
 
     The convolutions stand at a half and a quarter of the resolution, the fully connected layers hold most parameters:
     on centred images that buys more likelihood a CPU second than convolutions at full resolution. Height and width
-    must be multiples of 4 (ValueError).
+    must be multiples of 4 (ValueError); for vectors [D, 1, 1] all layers are fully connected.
     """
 
     paper = "Kingma & Welling 2013, arXiv:1312.6114"
     density = "elbo"
+    widths = ("channels", "hidden")
 
     def __init__(
         self,
@@ -44,12 +46,20 @@ class VAE(Family):
         hidden: int = 320,
         mixtures: int = 3,
         free_bits: float = 0.0,
+        beta: float = 1.0,
     ):
         super().__init__(spec)
         colours, height, width = spec.shape
+        self.latent, self.mixtures, self.free_bits, self.beta = latent, mixtures, free_bits, beta
+        self.fold = 1 if spec.flat else 2
+        if spec.flat:
+            self.encoder = nn.Sequential(nn.Flatten(), *dense(spec.dims, hidden, 2 * latent))
+            self.decoder = nn.Sequential(
+                *dense(latent, hidden, 3 * mixtures * colours), nn.Unflatten(1, (3 * mixtures * colours, 1, 1))
+            )
+            return
         if height % 4 or width % 4:
             raise ValueError(f"a {height}x{width} image: height and width must be multiples of 4")
-        self.latent, self.mixtures, self.free_bits = latent, mixtures, free_bits
         low = (2 * channels, height // 4, width // 4)
         self.encoder = nn.Sequential(
             ChannelsLast(),
@@ -83,13 +93,13 @@ class VAE(Family):
         return mean, log_std
 
     def likelihood(self, z: Tensor) -> Tensor:
-        """Parameters of p(x|z), for the image folded 2x2 into channels: [B, 3 * mixtures, 4C, H/2, W/2]."""
+        """Parameters of p(x|z), for the image folded 2x2 into channels: [B, 3 * mixtures, 4C, H/2, W/2] (or [.., D, 1, 1])."""
         return self.decoder(z).contiguous().unflatten(1, (3 * self.mixtures, -1))
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
         """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10).
 
-        ``free_bits`` is the KL in nats that each code dimension may have at no cost (Kingma et al. 2016,
+        ``beta`` weighs the KL (beta-VAE); 1 is the bound. ``free_bits`` is the KL in nats that each code dimension may have at no cost (Kingma et al. 2016,
         arXiv:1606.04934, appendix C.8). On small images the code else stays unused: its price comes before its worth.
         """
         mean, log_std = self.posterior(batch.x)
@@ -97,8 +107,9 @@ class VAE(Family):
         kl = kl_by_dimension(mean, log_std).mean(0)
         bound = (log_px - kl.sum()).detach()
         return {
-            "loss": kl.clamp(min=self.free_bits).sum() - log_px,
+            "loss": self.beta * kl.clamp(min=self.free_bits).sum() - log_px,
             "kl": kl.detach().sum(),
+            "reconstruction": -log_px.detach(),
             "bits_per_dim": -bound / (self.spec.dims * math.log(2)),
         }
 
@@ -107,15 +118,18 @@ class VAE(Family):
         mean, log_std = self.posterior(batch.x)
         return self._log_likelihood(batch.x, _draw(mean, log_std, generator)) - kl_to_prior(mean, log_std)
 
-    def iwae(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
-        """The importance-weighted bound from ``k`` draws (Burda et al. 2015, eq. 8): [B] nats, tighter as k grows."""
+    def log_weights(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
+        """[k, B] nats: log p(x, z) - log q(z|x) for ``k`` draws of z (Burda et al. 2015, eq. 8).
+
+        The log of their mean over k is the importance-weighted bound, tighter as k grows.
+        """
         mean, log_std = self.posterior(batch.x)
         weights = []
         for _ in range(k):
             z = _draw(mean, log_std, generator)
             log_ratio = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) - _log_normal(z, mean, log_std)
             weights.append(self._log_likelihood(batch.x, z) + log_ratio)
-        return torch.stack(weights).logsumexp(0) - math.log(k)
+        return torch.stack(weights)
 
     def encode(self, x: Tensor) -> Tensor:
         """The posterior's mean: [B, latent]."""
@@ -123,7 +137,7 @@ class VAE(Family):
 
     def decode(self, code: Tensor) -> Tensor:
         """The expected image of p(x|z): [B, C, H, W]."""
-        return F.pixel_shuffle(logistic.mean(self.likelihood(code)), 2)
+        return F.pixel_shuffle(logistic.mean(self.likelihood(code)), self.fold)
 
     def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, temperature: float = 0.0) -> Tensor:
         """Images from the prior: [n, C, H, W].
@@ -137,11 +151,22 @@ class VAE(Family):
             return self.decode(z)
         likelihood = self.likelihood(z)
         x = logistic.sample(likelihood, self.spec.levels, generator=generator, temperature=temperature)
-        return F.pixel_shuffle(x, 2)
+        return F.pixel_shuffle(x, self.fold)
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        folded = F.pixel_unshuffle(x, 2)
+        folded = F.pixel_unshuffle(x, self.fold)
         return logistic.log_prob(self.likelihood(z), folded, self.spec.levels).flatten(1).sum(1)
+
+
+def dense(inputs: int, hidden: int, outputs: int) -> list[nn.Module]:
+    """A perceptron of two hidden layers."""
+    return [
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs),
+    ]
 
 
 def kl_to_prior(mean: Tensor, log_std: Tensor) -> Tensor:
