@@ -10,8 +10,11 @@ from genus.config import Params
 from genus.errors import UserError, nearest
 
 # Seconds a stage of each kind is expected to take until it has run here once: only the order depends on them.
-EXPECTED = {"ingest": 20.0, "validate": 10.0, "judge": 100.0, "train": 110.0, "evaluate": 70.0}
-TRAINS_OR_SAMPLES = ("judge", "train", "evaluate")  # the stages that use a GPU where there is one
+EXPECTED = {
+    "ingest": 20.0, "validate": 10.0, "judge": 100.0, "controls": 90.0, "train": 110.0, "evaluate": 90.0, "probe": 110.0
+}  # fmt: skip
+TRAINS_OR_SAMPLES = ("judge", "train", "evaluate", "probe")  # the stages that use a GPU where there is one
+GATHERS = {"scorecard": "evaluate"}  # stages that go on without some of what they gather, and of what kind that is
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class Plan:
                 found.append(stage)
         return found
 
-    def downstream(self, stage: str, among: Collection[str]) -> list[str]:
-        """The stages of ``among`` that need ``stage``, directly or not."""
-        lost = {stage}
-        for other, needs in self.upstream.items():
-            if lost.intersection(needs):
-                lost.add(other)
-        return [other for other in self.upstream if other in lost and other in among and other != stage]
+    def lost(self, failed: Collection[str]) -> list[str]:
+        """The stages that cannot run where those in ``failed`` have failed: all downstream of them.
+
+        But a stage that gathers the others' results goes on as long as there is one to gather.
+        """
+        gone = set(failed)
+        for stage, needs in self.upstream.items():
+            gathered = [need for need in needs if kind(need) == GATHERS.get(kind(stage))]
+            if gone.intersection(needs) and gone.issuperset(gathered):
+                gone.add(stage)
+        return [stage for stage in self.upstream if stage in gone and stage not in failed]
 
     def urgency(self, seconds: dict[str, float]) -> dict[str, float]:
         """Expected seconds from a stage's start to the end of the run: the longest way goes first."""

@@ -74,7 +74,8 @@ def walk(
 ) -> Walked:
     """Runs the waiting stages, each as soon as what it needs is done and a place is free, longest way first.
 
-    A stage that fails leaves out what stands downstream of it; the others go on, for their results are no worse.
+    A stage that fails leaves out what stands downstream of it; the others go on, for their results are no worse, and
+    so does the scorecard, where a failed model has its place.
     """
     walked, children, screen = Walked(), Children(), Screen(plan.stages, console)
     slots = Slots(params.threads, params.device, jobs)
@@ -106,14 +107,15 @@ def walk(
         running: dict[str, Slot] = {}
         left = list(waiting)
         finished = {stage for stage in plan.stages if stage not in left}
+        gone: set[str] = set()  # failed, or left out for that
         while left or running:
             for stage in sorted(left, key=lambda stage: -urgency[stage]):
-                slot = slots.take(stage) if finished.issuperset(plan.upstream[stage]) else None
+                slot = slots.take(stage) if (finished | gone).issuperset(plan.upstream[stage]) else None
                 if slot:
                     left.remove(stage)
                     running[stage] = slot
                     screen.set(stage, "running")
-                    before = [futures[need] for need in plan.upstream[stage] if need in futures]
+                    before = [futures[need] for need in plan.upstream[stage] if need in futures and need in finished]
                     future: PrefectFuture[None] = one_stage.submit(  # type: ignore[call-overload]
                         stage, slot.environment, stage in forced, wait_for=before
                     )
@@ -127,7 +129,9 @@ def walk(
                 walked.failed.append(StageFailed(stage, "Prefect could not run it", PREFECT_LOG, user=False))
                 screen.set(stage, "failed", note=f"Prefect could not run it, see {PREFECT_LOG}")
             if any(failure.stage == stage for failure in walked.failed):
-                for lost in plan.downstream(stage, left):
+                gone.add(stage)
+                for lost in plan.lost(gone):
+                    gone.add(lost)
                     left.remove(lost)
                     screen.set(lost, "left out", note=f"{stage} failed")
             else:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from genus.config import fixed_threads
 from genus.quiet import quieten
 
 quieten()  # before any test imports the libraries that would ask somebody's server
+os.environ |= fixed_threads(1)  # and those that would take every core: as the stages do
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,7 +31,7 @@ def prefect() -> Iterator[None]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project around this repository's code, graph and parameters; the working directory of the test."""
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+    for name in ("dvc.yaml", "params.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", tmp_path / ".dvc/config")

@@ -105,6 +105,12 @@ def judge(name: Name) -> None:
 
 
 @app.command()
+def controls(name: Name) -> None:
+    """Stage: score known coders and known sample sets on data set NAME, for the report to rank."""
+    _stage("controls", name)
+
+
+@app.command()
 def train(name: Name) -> None:
     """Stage: train model NAME, or go on from its checkpoint, and write models/NAME."""
     _stage("train", name)
@@ -114,6 +120,12 @@ def train(name: Name) -> None:
 def evaluate(name: Name) -> None:
     """Stage: measure model NAME on the test split and write reports/metrics/NAME.json."""
     _stage("evaluate", name)
+
+
+@app.command()
+def probe(name: Name) -> None:
+    """Stage: measure the stability, capacity and constraints of model NAME in many short trainings."""
+    _stage("probe", name)
 
 
 @app.command()

@@ -24,12 +24,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Backbone(Section):
+    """A pretrained torchvision classifier as one more set of features: a local file, known by its hash."""
+
+    model: str  # as torchvision.models names it: resnet18, inception_v3 …
+    weights: str  # a safetensors file of its state dictionary
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class Judge(Section):
     """The classifier whose features the sample metrics use."""
 
     steps: int = Field(1800, gt=0)
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(4e-3, gt=0)
+    backbone: Backbone | None = None  # features of a pretrained network beside the judge's own
 
 
 class Dataset(Section):
@@ -65,20 +74,24 @@ class Evaluate(Section):
     likelihoods: int = Field(10_000, ge=2)  # test examples scored
     batch_size: int = Field(100, gt=0)
     knobs: dict[str, Scalar] = {}  # keyword arguments of the family's sample()
+    curve: dict[str, list[Scalar]] = {}  # a knob and the values at which quality and time are measured as well
+    weighed: int = Field(500, ge=2)  # test examples whose importance-weighted bound is taken,
+    weights: int = Field(64, ge=2)  # from so many draws of the code each
+    flowed: int = Field(64, ge=2)  # test examples whose likelihood is taken along the probability flow
 
 
 class Probe(Section):
     """The short trainings by which stability and capacity are measured: about a minute of one thread a model."""
 
     size: int = Field(12, ge=4)  # side in pixels that the images are shrunk to
-    steps: int = Field(100, ge=20)
+    steps: int = Field(200, ge=20)
     seeds: int = Field(3, ge=2)
     learning_rates: list[float] = [0.1, 0.3, 3.0, 10.0]  # multipliers; 1 is among the seeds
     widths: list[float] = [0.5, 2.0]  # multipliers; 1 is among the seeds
     batch: float = Field(0.125, gt=0)  # multiplier of the small-batch jobs; 1: none
     outliers: float = Field(0.001, ge=0, lt=1)  # share of planted noise images; 0: none
     sizes: list[int] = [8, 20]  # sides of the resolution jobs
-    samples: int = Field(512, ge=100)  # drawn from every job
+    samples: int = Field(1000, ge=100)  # drawn from every job
     knobs: dict[str, Scalar] = {}  # of sample(), over those of evaluate
     vary: dict[str, list[Scalar]] = {}  # parameters of the family, each with the values to try
     two_d: list[str] = ["rings", "checkerboard"]  # sets of known density that the family is fitted to
@@ -100,8 +113,9 @@ class Collection(Section):
     """A named set of models with a scorecard of its own."""
 
     about: str
-    records: str  # the folders of records and of probes that its scorecard reads
+    records: str  # the folders of records, probes and pictures that its scorecard reads
     probes: str
+    pictures: str
     report: str  # the scorecard's file name under reports/, without extension
 
 

@@ -32,6 +32,11 @@ elif stage == "validate":
     write(f"reports/validation/{name}.json", "{}")
 elif stage == "judge":
     write(f"data/judge/{name}/weights", name)
+elif stage == "controls":
+    write(f"reports/controls/{name}/controls.json", "{}")
+elif stage == "probe":
+    write(f"reports/probes/{params['models'][name]['collection']}/{name}/probe.json", "{}")
+    write(f"reports/timing/probe/{name}.json", json.dumps({"probe_seconds": time.time()}))
 elif stage == "train":
     for file in ("weights.safetensors", "history.csv", "samples.png"):
         write(f"models/{name}/{file}", f"{name} {params['models'][name]['train']['steps']}")
@@ -43,6 +48,7 @@ elif stage == "evaluate":
     write(f"reports/metrics/{name}.json", json.dumps({"bits_per_dim": bits, "frechet_distance": frechet}))
     write(f"reports/timing/{name}.json", json.dumps({"sample_ms": time.time()}))
     write(f"reports/records/{params['models'][name]['collection']}/{name}.json", json.dumps(time.time()))
+    write(f"reports/pictures/{params['models'][name]['collection']}/{name}/samples.png", name)
 elif stage == "scorecard":
     of = params["collections"][name]
     text = "".join(path.read_text() for path in sorted(pathlib.Path(of["records"]).rglob("*.json")))
@@ -57,9 +63,24 @@ if os.environ.get("GENUS_WORK"):
 PARAMS = """
 seed: 0
 collections:
-  tour: {about: a, records: reports/records/tour, report: scorecard}
-  smoke: {about: b, records: reports/records/smoke, report: scorecard-smoke}
-  all: {about: c, records: reports/records, report: scorecard-all}
+  tour:
+    about: a
+    records: reports/records/tour
+    probes: reports/probes/tour
+    pictures: reports/pictures/tour
+    report: scorecard
+  smoke:
+    about: b
+    records: reports/records/smoke
+    probes: reports/probes/smoke
+    pictures: reports/pictures/smoke
+    report: scorecard-smoke
+  all:
+    about: c
+    records: reports/records
+    probes: reports/probes
+    pictures: reports/pictures
+    report: scorecard-all
 datasets:
   fashion-mnist:
     {source: fashion_mnist, options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}
@@ -67,11 +88,29 @@ datasets:
     {source: digits, options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}
 models:
   digits-glow:
-    {family: flows/glow, dataset: digits, collection: smoke, params: {}, train: {steps: 5, batch_size: 2}}
+    family: flows/glow
+    dataset: digits
+    collection: smoke
+    params: {}
+    train: {steps: 5, batch_size: 2}
+    evaluate: {}
+    probe: {}
   digits-vae:
-    {family: vae/vae, dataset: digits, collection: smoke, params: {}, train: {steps: 7, batch_size: 2}}
+    family: vae/vae
+    dataset: digits
+    collection: smoke
+    params: {}
+    train: {steps: 7, batch_size: 2}
+    evaluate: {}
+    probe: {}
   fashion-mnist-vae:
-    {family: vae/vae, dataset: fashion-mnist, collection: tour, params: {}, train: {steps: 5, batch_size: 2}}
+    family: vae/vae
+    dataset: fashion-mnist
+    collection: tour
+    params: {}
+    train: {steps: 5, batch_size: 2}
+    evaluate: {}
+    probe: {}
 budget: 1
 threads: 1
 device: cpu

@@ -22,8 +22,18 @@ DIAMOND = plan.Plan(
 def test_only_changed_stages_and_what_follows_them_wait() -> None:
     assert DIAMOND.waiting() == ["judge@d", "evaluate@m"]
     assert DIAMOND.waiting({"train@m"}) == ["judge@d", "train@m", "evaluate@m"]
-    assert DIAMOND.downstream("ingest@d", DIAMOND.stages) == ["judge@d", "train@m", "evaluate@m"]
-    assert DIAMOND.downstream("train@m", ["judge@d", "evaluate@m"]) == ["evaluate@m"]
+    assert DIAMOND.lost({"ingest@d"}) == ["judge@d", "train@m", "evaluate@m"]
+    assert DIAMOND.lost({"train@m"}) == ["evaluate@m"]
+
+
+def test_the_scorecard_goes_on_as_long_as_one_model_is_measured() -> None:
+    models = {f"evaluate@{name}": [] for name in "ab"} | {f"probe@{name}": [] for name in "ab"}
+    both = plan.Plan(
+        models | {"scorecard@c": list(models), "register@c": ["scorecard@c"]}, frozenset(), ["a", "b"], ["c"]
+    )
+    assert both.lost({"evaluate@a"}) == both.lost({"probe@a", "probe@b"}) == []
+    assert both.lost({"evaluate@a", "evaluate@b"}) == ["scorecard@c", "register@c"]
+    assert both.lost({"scorecard@c"}) == ["register@c"]
 
 
 def test_longest_way_is_most_urgent() -> None:
@@ -34,9 +44,9 @@ def test_longest_way_is_most_urgent() -> None:
 def test_plan_of_a_collection_ends_in_its_registration(toy: Path) -> None:
     params = config.load()
     made = plan.make(params, collection="smoke")
-    assert made.stages[-1] == "register@smoke" and len(made.stages) == 9 and made.collections == ["smoke"]
+    assert made.stages[-1] == "register@smoke" and len(made.stages) == 12 and made.collections == ["smoke"]
     assert set(made.changed) == set(made.stages) and made.models == ["digits-glow", "digits-vae"]
-    assert len(plan.make(params, collection="all").stages) == 14
+    assert len(plan.make(params, collection="all").stages) == 19
     assert all(made.stages.index(up) < made.stages.index(s) for s in made.stages for up in made.upstream[s])
 
 
@@ -85,8 +95,8 @@ def test_data_set_without_models_is_brought_as_far_as_it_goes(toy: Path) -> None
 
 def test_key_that_dvc_needs_is_named_before_anything_starts(toy: Path) -> None:
     params = toy / "params.yaml"
-    params.write_text(params.read_text().replace("collection: tour, params: {},", "collection: tour,"))
-    with pytest.raises(UserError, match=r"params.yaml: models.fashion-mnist-vae.params is missing and train@"):
+    params.write_text(params.read_text().replace("collection: tour\n    params: {}", "collection: tour"))
+    with pytest.raises(UserError, match=r"params.yaml: models.fashion-mnist-vae.params is missing and (train|probe)@"):
         plan.make(config.load())
 
 

@@ -31,9 +31,10 @@ def test_whole_collection_then_nothing_then_one_model(toy: Path) -> None:
     print(said)
     assert status == 0
     order = ran(toy)
-    stages = ["ingest@digits", "validate@digits", "judge@digits", "scorecard@smoke", "register@smoke"]
+    stages = [f"{kind}@digits" for kind in ("ingest", "validate", "judge", "controls")]
+    stages += ["scorecard@smoke", "register@smoke"]
     assert sorted(order) == sorted(
-        [*stages, *(f"{kind}@digits-{model}" for kind in ("train", "evaluate") for model in ("glow", "vae"))]
+        [*stages, *(f"{kind}@digits-{model}" for kind in ("train", "evaluate", "probe") for model in ("glow", "vae"))]
     )
     assert order[:2] == ["ingest@digits", "validate@digits"] and order[-2:] == ["scorecard@smoke", "register@smoke"]
     assert "3.142 dequantised" in said and "52.4  0.120   0.50  10,000" in said and "1 champion" in said
@@ -43,13 +44,15 @@ def test_whole_collection_then_nothing_then_one_model(toy: Path) -> None:
     assert "up to date" in alone.stdout and ran(toy) == order
 
     status, said = go("smoke")
-    assert status == 0 and "nothing has changed: 9 stages" in said and ran(toy) == order
+    assert status == 0 and "nothing has changed: 12 stages" in said and ran(toy) == order
 
     params = toy / "params.yaml"
     params.write_text(params.read_text().replace("steps: 7", "steps: 8"))
     status, said = go("smoke")
     assert status == 0
-    assert ran(toy)[len(order) :] == ["train@digits-vae", "evaluate@digits-vae", "scorecard@smoke", "register@smoke"]
+    again = ran(toy)[len(order) :]
+    assert sorted(again[:3]) == [f"{kind}@digits-vae" for kind in ("evaluate", "probe", "train")]
+    assert again[3:] == ["scorecard@smoke", "register@smoke"]
 
 
 def test_failed_stage_leaves_out_its_descendants_only(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +70,18 @@ def test_failed_stage_leaves_out_its_descendants_only(toy: Path, monkeypatch: py
     assert status == 0 and ran(toy)[before:] == ["train@digits-glow", "evaluate@digits-glow"]
 
 
+def test_scorecard_goes_on_without_a_failed_model(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAILS", "train@digits-glow")
+    status, said = go("smoke")
+    assert status == 2 and "train@digits-glow: train of digits-glow is broken on purpose" in said
+    assert ran(toy)[-2:] == ["scorecard@smoke", "register@smoke"]
+    assert "evaluate@digits-glow" not in ran(toy) and "evaluate@digits-vae" in ran(toy)
+    monkeypatch.setenv("TOY_FAILS", "train@digits-glow,evaluate@digits-vae")
+    before = len(ran(toy))
+    assert go("smoke", force=True)[0] == 2
+    assert not {"scorecard@smoke", "register@smoke"} & set(ran(toy)[before:])  # nothing to compare
+
+
 def test_force_reruns_the_selected(toy: Path) -> None:
     params = toy / "params.yaml"
     alone = "options: {}, validation: 0.1, max_broken: 0.01, checks: {}, judge: {steps: 5}}\nmodels:"
@@ -80,12 +95,12 @@ def test_reproduced_compares_with_the_committed_lock(toy: Path) -> None:
     assert go(models=["digits-vae"])[0] == 0
     commit(toy, "dvc.lock")
     status, said = go(models=["digits-vae"])
-    # data, validation, judge, four of the model, its metrics; what holds figures of time is no artifact
-    assert status == 0 and "reproduced 8 of 8 artifacts bit for bit" in said
+    # data, validation, judge, controls, four of the model, its metrics and pictures; what holds figures of time is no artifact
+    assert status == 0 and "reproduced 10 of 10 artifacts bit for bit" in said
     params = toy / "params.yaml"
     params.write_text(params.read_text().replace("steps: 7", "steps: 8"))
     status, said = go(models=["digits-vae"])
-    assert status == 0 and "reproduced 5 of 8 artifacts bit for bit" in said
+    assert status == 0 and "reproduced 7 of 10 artifacts bit for bit" in said
     assert "differs: models/digits-vae/weights.safetensors" in said
 
 

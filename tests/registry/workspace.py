@@ -112,7 +112,8 @@ def write_params(*names: str, family: str = FAMILY, knobs: dict[str, Any] | None
         "train": {"steps": 30, "batch_size": 8},
         "evaluate": {"knobs": knobs or {}},
     }
-    collection = {"about": "tests", "records": "reports/records", "report": "scorecard"}
+    folders = {name: f"reports/{name}" for name in ("records", "probes", "pictures")}
+    collection = {"about": "tests", "report": "scorecard", **folders}
     content = {
         "collections": {"smoke": collection},
         "datasets": {"digits": {"source": "digits"}},

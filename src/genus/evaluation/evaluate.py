@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,19 +17,22 @@ import torch
 
 from genus import progress
 from genus.config import Evaluate
-from genus.contract import Batch, Family, Samples, Scores
+from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Family, Samples, Scores, Weighs
 from genus.data.loaders import Dataset
-from genus.evaluation import metrics
-from genus.evaluation.judge import features
+from genus.errors import UserError
+from genus.evaluation import constraints, metrics, ode
+from genus.evaluation.judge import accuracy, train_judge
+from genus.evaluation.quality import FRECHET_FROM, Figures, quality
 from genus.evaluation.reference import Reference
 from genus.sampling import draw
 from genus.training import autocast, peak_memory_mb
 
-Figures = dict[str, dict[str, Any]]  # metric: {"value", "low", "high", "n", "floor", "kind", …}
-Timing = dict[str, float]
+Timing = dict[str, Any]  # figures of time: they differ from run to run and stand in files of their own
 
-FRECHET_FROM = 500  # a Fréchet distance of fewer samples is mostly bias: KID only
 SAMPLING_SECONDS = 60.0  # what drawing the samples may take; more is said, not hidden
+REPEATS, PATIENCE = 7, 4.0  # timed drawings of a batch, and seconds after which no further one is begun
+INVERTED = 200  # test examples that are encoded and decoded again
+LEARNT = 600  # steps of the classifier that learns from generated examples
 
 
 @dataclass(frozen=True)
@@ -39,23 +45,59 @@ class Task:
     effort: Evaluate
     seed: int
     device: torch.device
+    held_out: dict[str, Any] | None = None  # what held-out real images score as memorisation
+
+    @cached_property
+    def drawn(self) -> tuple[np.ndarray, float]:
+        """The model's samples, stored [n, *shape], and the seconds that they took. Drawn once for all metrics.
+
+        Raises FloatingPointError where one is not finite.
+        """
+        effort = self.effort
+        warm = min(effort.batch_size, effort.samples)
+        self.draw(min(2, warm), seed=0)  # first-call costs
+        started = time.monotonic()
+        drawn = self.draw(effort.samples, seed=self.seed + 12, batch_size=warm, quiet=False)
+        seconds = time.monotonic() - started
+        if seconds > SAMPLING_SECONDS:
+            print(f"note: {len(drawn)} samples took {seconds:.0f} s; evaluate.samples sets how many", file=sys.stderr)
+        return drawn, seconds
+
+    def draw(
+        self, n: int, *, seed: int, batch_size: int = 64, knobs: Mapping[str, Any] | None = None, quiet: bool = True
+    ) -> np.ndarray:
+        """``n`` samples, stored, with the model's knobs and over them ``knobs``."""
+        knobs = self.effort.knobs | dict(knobs or {})
+        return draw(self.model, n, seed=seed, device=self.device, batch_size=batch_size, knobs=knobs, quiet=quiet)
+
+    def test(self, n: int) -> torch.Tensor:
+        """The first ``n`` test examples in the units of DataSpec, on the device."""
+        return self.data.spec.to_float(torch.from_numpy(np.array(self.data.split("test")[:n])).to(self.device))
+
+    def generator(self, number: int) -> torch.Generator:
+        """A generator of its own for every metric: adding one changes no other's figure."""
+        return torch.Generator(self.device).manual_seed(self.seed + number)
 
 
 class Metric(NamedTuple):
-    needs: type
+    needs: tuple[type, ...]
     measure: Callable[[Task], tuple[Figures, Timing]]
 
 
 def evaluate(task: Task) -> tuple[Figures, Timing]:
-    """Runs every metric whose capability the model has. Timings are apart: they differ from run to run."""
+    """Runs every metric whose capabilities the model has. Timings are apart: they differ from run to run.
+
+    Raises FloatingPointError, naming the example, where a likelihood or a sample is not finite.
+    """
     started = time.monotonic()
     figures: Figures = {}
     timing: Timing = {}
     for metric in METRICS:
-        if isinstance(task.model, metric.needs):
+        if all(isinstance(task.model, needed) for needed in metric.needs):
+            begun = time.monotonic()
             found, seconds = metric.measure(task)
             figures |= found
-            timing |= seconds
+            timing |= seconds | {f"{metric.measure.__name__}_seconds": time.monotonic() - begun}
     timing["evaluate_seconds"] = time.monotonic() - started
     timing["evaluate_peak_memory_mb"] = peak_memory_mb()
     return figures, timing
@@ -66,7 +108,7 @@ def likelihood(task: Task) -> tuple[Figures, Timing]:
     """Bits/dim of the test split: -log_prob / (D ln 2), the mean with its 95% interval over examples."""
     model, spec = task.model, task.data.spec
     images = task.data.split("test")[: task.effort.likelihoods]
-    generator = torch.Generator(task.device).manual_seed(task.seed + 11)
+    generator = task.generator(11)
     started, parts = time.monotonic(), []
     for start in range(0, len(images), task.effort.batch_size):
         stored = torch.from_numpy(np.array(images[start : start + task.effort.batch_size])).to(task.device)
@@ -74,61 +116,158 @@ def likelihood(task: Task) -> tuple[Figures, Timing]:
             parts.append(model.log_prob(Batch(spec.to_float(stored)), generator=generator).double().cpu())
         progress.report(start + len(stored), len(images), unit="likelihood")
     seconds = time.monotonic() - started
-    bits = -torch.cat(parts).numpy() / (spec.dims * math.log(2))
+    figure = _bits(torch.cat(parts), spec.dims) | {"kind": model.density}
+    return {"bits_per_dim": figure}, {"likelihood_ms": 1e3 * seconds / len(images)}
+
+
+def _bits(nats: torch.Tensor, dims: int) -> dict[str, Any]:
+    """Log-probabilities [N] as bits/dim. Raises FloatingPointError at the first that is not finite."""
+    bits = -nats.double().cpu().numpy() / (dims * math.log(2))
     if not np.isfinite(bits).all():
         raise FloatingPointError(f"log_prob of test image {int(np.flatnonzero(~np.isfinite(bits))[0])} is not finite")
-    half = 1.96 * bits.std(ddof=1) / math.sqrt(len(bits))
-    value = float(bits.mean())
-    figure = {"value": value, "low": value - half, "high": value + half, "n": len(bits), "kind": model.density}
-    return {"bits_per_dim": figure}, {"likelihood_ms": 1e3 * seconds / len(bits)}
+    value, low, high = metrics.mean_interval(bits)
+    return {"value": value, "low": low, "high": high, "n": len(bits)}
+
+
+@torch.inference_mode()
+def tighter_bound(task: Task) -> tuple[Figures, Timing]:
+    """The importance-weighted bound for k = 1, 2, 4 … draws of the code, and the gap between the first and the last.
+
+    Burda et al. 2015 (1509.00519, eq. 8). The bound for k is the mean over disjoint groups of k of the same draws, so
+    that it can only tighten as k grows, here and not just in expectation.
+    """
+    dims, k = task.data.spec.dims, task.effort.weights
+    images = task.test(task.effort.weighed)
+    generator = task.generator(13)
+    started, parts = time.monotonic(), []
+    for x in images.split(min(task.effort.batch_size, 50)):
+        with autocast(task.device):
+            parts.append(task.model.log_weights(Batch(x), k, generator=generator).double())
+    weights = torch.cat(parts, 1)  # [k, N]
+    points, bound = [], weights
+    for doubled in range(int(math.log2(k)) + 1):
+        points.append({"k": 2**doubled} | _bits(bound.mean(0), dims))
+        even = len(bound) // 2 * 2
+        last, bound = bound, torch.logaddexp(bound[0:even:2], bound[1:even:2]) - math.log(2)
+    tightened = (last.mean(0) - weights.mean(0)).numpy(force=True) / (dims * math.log(2))
+    value, low, high = metrics.mean_interval(tightened)
+    best = points[-1]
+    gap = {"value": value, "low": low, "high": high, "n": len(images), "kind": f"elbo - iwae-{best['k']}"}
+    figure = best | {"kind": f"iwae-{best['k']}", "gap": gap, "points": points}
+    return {"iwae_bits_per_dim": figure}, {"iwae_ms": 1e3 * (time.monotonic() - started) / len(images)}
+
+
+def probability_flow(task: Task) -> tuple[Figures, Timing]:
+    """Bits/dim by the ordinary differential equation that a score model also solves, on a stated subset."""
+    images = task.test(task.effort.flowed)
+    started = time.monotonic()
+    found = ode.log_prob(task.model, images, generator=task.generator(14))
+    seconds = time.monotonic() - started
+    dims = task.data.spec.dims
+    figure = _bits(found.nats, dims) | {"kind": "ode", "nfe": found.nfe, "rtol": found.rtol, "atol": found.atol}
+    figure |= {"spread": found.spread / (dims * math.log(2))}  # of an example, between probes of the trace
+    return {"ode_bits_per_dim": figure}, {"ode_ms": 1e3 * seconds / len(images)}
 
 
 def sample_quality(task: Task) -> tuple[Figures, Timing]:
-    """Fréchet distance and KID of samples against the test split on judge features, each with its floor.
+    """All that samples score against the test split."""
+    drawn, seconds = task.drawn
+    found = quality(drawn, task.data, task.reference, seed=task.seed, memorisation=task.held_out)
+    return found, {"sample_ms": 1e3 * seconds / len(drawn), "sample_seconds": seconds}
 
-    The floor is what as many training images score. ``relative`` is the share of the Gaussian control's distance.
+
+def sampling(task: Task) -> tuple[Figures, Timing]:
+    """What a sample costs: network evaluations, random numbers, and warm milliseconds at batch 1 and 64."""
+    knobs = task.effort.knobs
+    calls = constraints.evaluations(task.model, seed=task.seed, knobs=knobs)
+    noise = constraints.noise_dims(task.model, seed=task.seed, knobs=knobs)
+    times = {f"sample_ms_{n}": _milliseconds(task, n) for n in (1, 64)}
+    return {"nfe": {"value": calls, "n": 1}, "noise_dims": {"value": noise, "n": 1}}, times
+
+
+def _milliseconds(task: Task, n: int) -> float:
+    """Median milliseconds a sample, drawn ``n`` at a time."""
+    task.draw(n, seed=0, batch_size=n)
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and (len(seconds) < 2 or sum(seconds) < PATIENCE):
+        started = time.monotonic()
+        task.draw(n, seed=len(seconds), batch_size=n)
+        seconds.append(time.monotonic() - started)
+    return 1e3 * statistics.median(seconds) / n
+
+
+def knob_curve(task: Task) -> tuple[Figures, Timing]:
+    """Quality against time and network evaluations at other settings of the knobs that ``evaluate.curve`` names."""
+    view = task.reference.views["judge"]
+    points, times = [], []
+    for values in product(*task.effort.curve.values()) if task.effort.curve else ():
+        knobs = dict(zip(task.effort.curve, values, strict=True))
+        started = time.monotonic()
+        try:
+            drawn = task.draw(task.effort.samples, seed=task.seed + 12, batch_size=task.effort.batch_size, knobs=knobs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"evaluate.curve: {knobs}: {error}") from error
+        times.append(1e3 * (time.monotonic() - started) / len(drawn))
+        point = {"knobs": knobs, "n": len(drawn)}
+        point["calls"] = constraints.evaluations(task.model, seed=task.seed, knobs=task.effort.knobs | knobs)
+        if len(drawn) >= min(FRECHET_FROM, len(view.test)):
+            seen = view.extract(drawn)
+            low, high = metrics.bootstrap(view.frechet, seen, seed=task.seed)
+            ends = {"relative": view.frechet(seen), "low": low, "high": high}
+            point |= {name: value / view.control for name, value in ends.items()}
+        points.append(point)
+    return ({"curve": {"points": points}}, {"curve_sample_ms": times}) if points else ({}, {})
+
+
+def code_size(task: Task) -> tuple[Figures, Timing]:
+    """Numbers in a code for each number in an example."""
+    return {"latent_share": {"value": task.model.latent / task.data.spec.dims, "n": 1}}, {}
+
+
+@torch.inference_mode()
+def inverse(task: Task) -> tuple[Figures, Timing]:
+    """Largest error of decode(encode(x)), in levels, where the code is of the data's size: there an inverse exists."""
+    spec = task.data.spec
+    if task.model.latent != spec.dims:
+        return {}, {}
+    x = task.test(INVERTED)
+    error = float((task.model.decode(task.model.encode(x)) - x).abs().max())
+    return {"inverse_error": {"value": error * (spec.levels - 1) / 2 if spec.levels else error, "n": len(x)}}, {}
+
+
+def learnt_from(task: Task) -> tuple[Figures, Timing]:
+    """Accuracy on real test images of a classifier that has learnt from generated ones alone, each asked for by label.
+
+    The floor is the judge's own accuracy, which has learnt from real ones.
     """
-    effort, reference = task.effort, task.reference
-    warm = min(effort.batch_size, effort.samples)
-    draw(task.model, min(2, warm), seed=0, device=task.device, knobs=effort.knobs, quiet=True)  # first-call costs
-    started = time.monotonic()
-    drawn = draw(
-        task.model, effort.samples, seed=task.seed + 12, device=task.device, batch_size=warm, knobs=effort.knobs
-    )
-    seconds = time.monotonic() - started
-    if seconds > SAMPLING_SECONDS:
-        print(f"note: {len(drawn)} samples took {seconds:.0f} s; evaluate.samples sets how many", file=sys.stderr)
-    seen = features(reference.judge, drawn)
-    n, floor = len(seen), reference.floor(len(seen))
-    value, error = metrics.kid(seen, reference.test, seed=task.seed)
-    figures: Figures = {
-        "kid": {
-            "value": value,
-            "low": value - 1.96 * error,
-            "high": value + 1.96 * error,
-            "n": n,
-            "floor": metrics.kid(floor, reference.test, seed=task.seed)[0],
-            "kind": "judge",
-        }
-    }
-    if n >= min(FRECHET_FROM, len(reference.test)):
-        distance = reference.frechet(seen)
-        low, high = metrics.bootstrap(reference.frechet, seen, seed=task.seed)
-        figures["frechet_distance"] = {
-            "value": distance,
-            "low": low,
-            "high": high,
-            "n": n,
-            "floor": reference.frechet(floor),
-            "floor_n": len(floor),
-            "relative": distance / reference.control,
-            "control": reference.control,
-            "kind": "judge",
-        }
-    return figures, {"sample_ms": 1e3 * seconds / n, "sample_seconds": seconds}
+    n, model, spec = task.effort.samples, task.model, task.data.spec
+    labels = torch.arange(n, device=task.device) % model.labels
+    generator, parts = task.generator(15), []
+    with torch.inference_mode(), autocast(task.device):
+        for cond in labels.split(task.effort.batch_size):
+            x = model.sample(len(cond), generator=generator, cond=cond, **task.effort.knobs)
+            parts.append(spec.to_stored(x.float()).cpu().numpy())
+    torch.manual_seed(task.seed)
+    options: dict[str, Any] = {"steps": LEARNT, "batch_size": 64, "learning_rate": 4e-3}
+    learner = train_judge(spec, np.concatenate(parts), labels.cpu().numpy(), device=task.device, **options)
+    right = accuracy(learner, task.data.split("test"), task.data.labels("test"))
+    count = len(task.data.split("test"))
+    low, high = metrics.wilson(right * count, count)
+    floor = task.reference.accuracy
+    return {"generated_accuracy": {"value": right, "low": low, "high": high, "n": n, "floor": floor}}, {}
 
 
-METRICS = (Metric(Scores, likelihood), Metric(Samples, sample_quality))
+METRICS = (
+    Metric((Scores,), likelihood),
+    Metric((Weighs,), tighter_bound),
+    Metric((Denoises,), probability_flow),
+    Metric((Samples,), sample_quality),
+    Metric((Samples,), sampling),
+    Metric((Samples,), knob_curve),
+    Metric((Conditional,), learnt_from),
+    Metric((Decodes,), code_size),
+    Metric((Encodes, Decodes), inverse),
+)
 
 
 def load_model(about: dict[str, Any], weights: dict[str, torch.Tensor]) -> Family:

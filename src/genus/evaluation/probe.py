@@ -1,40 +1,54 @@
 """The probe: many short trainings of one model, by which stability, capacity and robustness are measured.
 
-All jobs learn the same data, shrunk to ``size`` pixels a side, for the same number of steps, and differ in one thing each:
-the seed, the learning rate, the width, the batch size, planted outliers, the resolution, or a parameter of the family.
-Their quality is one figure that means the same for every family: the kernel distance of samples to the validation split
-on the judge's features, as a share of what a Gaussian fitted to the pixels scores (1: no better than that; lower is better).
-The test split is never read.
+All jobs learn the same data, shrunk to ``size`` pixels a side, for the same number of steps, and differ in one thing
+each: the seed, the learning rate, the width, the batch size, planted outliers, the resolution, or a parameter of the
+family. Their quality is one figure that means the same for every family: the kernel distance (KID, Bińkowski et al.
+2018) of samples to the validation split on the judge's features, as a share of what a Gaussian fitted to the pixels
+scores (1: no better than that; lower is better; 0: as real images, and unbiased, so it may fall below).
+The test split is never read. A job that fails is an outcome: it counts as having learned nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genus import progress
 from genus.config import Model, Probe
-from genus.contract import Batch, Family, Samples, Scores, build, family_class, parameter_count
+from genus.contract import Batch, Family, Initialises, Samples, Scores, build, family_class, parameter_count
 from genus.data.loaders import Dataset
 from genus.data.spec import DataSpec
+from genus.errors import UserError
 from genus.evaluation import metrics
-from genus.evaluation.judge import Judge, features
-from genus.sampling import draw
-from genus.training import NonFiniteLoss, Row, train
+from genus.evaluation.judge import Judge
+from genus.training import NonFiniteLoss, Row, autocast, train
 
-TRAIN, REAL = 8192, 2000  # images that the jobs learn from, and are measured against
+REAL = 2000  # validation images that samples are measured against, and draws of the Gaussian control
+CONTROL = 4000  # training images that the Gaussian control is fitted to
 LIKELIHOODS = 500  # validation images scored
 MISSING = 0.1  # a class is missing when samples have less than this share of what is expected
 SPIKE = 5.0  # robust standard deviations above the running median
 USABLE = 1.5  # a learning rate is usable when its quality is within this factor of the best one's
+LOST = 3.0  # a training is lost when it ends so many times as bad as the median of the same with other seeds
+FLOOR = 0.02  # the least quality in a ratio: the standard error of 1,000 real images' on Fashion-MNIST
+MARKS = 6  # points of the learning curve
+CYCLE = 16  # training steps whose operations are counted where they differ: what is done now and then has its share
+EQUAL_PARAMETERS = 200_000  # where families are compared at equal size
+REACH = 2.0  # how far beyond the widths tried, as a factor of the parameters, their line is believed
+PULLED = 32  # images of the batch in which one is an outlier, and
+PULLS = 4  # batches so tried
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,14 @@ class Outcome:
     job: Job
     parameters: int = 0
     flops: float = 0.0  # of training, an image
-    failed: str | None = None
+    untrained: float | None = None  # quality before the first step: of a model that has learned nothing
+    untried: str | None = None  # why the family cannot be built so
+    failed: str | None = None  # why training or sampling came to no numbers
     quality: float | None = None
     coverage: float | None = None
     missing_classes: int | None = None
-    bits_per_dim: float | None = None
-    pull: float | None = None  # gradient of an unseen outlier over that of a usual image
+    bits_per_dim: float | None = None  # of validation images
+    pull: float | None = None  # change of a batch's gradient by one outlier in it, over the gradient
     spikes: float | None = None  # a thousand steps
     gradient_ratio: float | None = None  # 99th percentile over median of the gradient norm
     terms: dict[str, float] | None = None  # means over the last quarter of the steps
@@ -71,35 +87,50 @@ class Outcome:
 class Bench:
     """The data of all jobs at one resolution: training images, real images, and their features."""
 
-    def __init__(self, data: Dataset, judge: Judge, size: int, seed: int):
-        random = np.random.default_rng(seed)
-        whole = data.split("train")
-        chosen = np.sort(random.permutation(len(whole))[:TRAIN])
+    def __init__(self, data: Dataset, judge: Judge, size: int, seed: int, train_images: int):
+        order = np.random.default_rng(seed).permutation(len(data.split("train")))
         self.spec = replace(data.spec, shape=(data.spec.shape[0], size, size))
-        self.train = shrink(np.asarray(whole[chosen]), size, data.spec)
-        self.labels = np.asarray(data.labels("train")[chosen])
-        self.real = shrink(np.asarray(data.split("validation")[:REAL]), size, data.spec)
-        self.real_labels = np.asarray(data.labels("validation")[:REAL])
         self.judge = judge
+        chosen = np.sort(order[:train_images])  # sorted: memory-mapped files are read from front to back
+        self.train = shrink(data.split("train")[chosen], size)
+        self.labels = np.array(data.labels("train")[chosen])
+        self.real = shrink(data.split("validation")[:REAL], size)
         self.seen = features(judge, self.real)
-        control = metrics.gaussian_control(self.train, REAL, levels=self.spec.levels, seed=seed)
-        self.control = self.distance(features(judge, control), seed)
+        self.within = _within(self.seen)
+        fitted = shrink(data.split("train")[np.sort(order[:CONTROL])], size)
+        control = metrics.gaussian_control(fitted, REAL, levels=self.spec.levels, seed=seed)
+        # Not 0 nor less, which it could be by chance for data that are Gaussian.
+        self.control = max(self.distance(features(judge, control)), 1e-6)
         self.expected = np.bincount(classes(judge, self.seen), minlength=judge.head.out_features) / len(self.seen)
 
-    def distance(self, seen: np.ndarray, seed: int) -> float:
-        """KID to the real images: unbiased, so that few samples do."""
-        return metrics.kid(seen, self.seen, seed=seed)[0]
+    def distance(self, seen: np.ndarray) -> float:
+        """KID of features [N, D] to the real images': ``metrics.mmd2``, the real images' own term made once."""
+        return float(_within(seen) + self.within - 2 * _kernel(seen, self.seen).mean())
 
     def noise(self, n: int, seed: int) -> np.ndarray:
         """Outliers: images of uniform noise, stored."""
         shape = (n, *self.spec.shape)
         return np.random.default_rng(seed).integers(self.spec.levels, size=shape).astype(self.train.dtype)
 
+    def batch(self, images: np.ndarray, device: torch.device) -> Batch:
+        x = self.spec.to_float(torch.from_numpy(np.array(images)).to(device))
+        return Batch(x, torch.zeros(len(x), dtype=torch.int64, device=device))
 
-def shrink(images: np.ndarray, size: int, spec: DataSpec) -> np.ndarray:
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _within(a: np.ndarray) -> float:
+    """Mean of the kernel over pairs of different rows."""
+    kernel = _kernel(a, a)
+    return float((kernel.sum() - np.trace(kernel)) / (len(a) * (len(a) - 1)))
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
     """Stored images [N, C, H, W] averaged down to [N, C, size, size], stored again."""
     if images.shape[-2:] == (size, size):
-        return images
+        return np.array(images)
     parts = []
     for start in range(0, len(images), 1000):
         x = torch.from_numpy(np.array(images[start : start + 1000])).float()
@@ -108,10 +139,24 @@ def shrink(images: np.ndarray, size: int, spec: DataSpec) -> np.ndarray:
 
 
 @torch.inference_mode()
+def features(judge: Judge, images: np.ndarray, batch_size: int = 250) -> np.ndarray:
+    """Judge features [N, 128] float64 of stored images of any size, enlarged to what the judge has learned.
+
+    By repeating pixels: the judge names more of the shrunk images of Fashion-MNIST right than after interpolation.
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        x = torch.from_numpy(np.array(images[start : start + batch_size])).to(judge.head.weight.device)
+        x = functional.interpolate(judge.spec.to_float(x), size=judge.spec.shape[1:])
+        parts.append(judge.features(x).double().cpu().numpy())
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
 def classes(judge: Judge, seen: np.ndarray) -> np.ndarray:
     """The class that the judge gives to each row of features: int64 [N]."""
-    head = judge.head
-    return head(torch.from_numpy(seen).to(head.weight.dtype)).argmax(1).numpy()
+    weight = judge.head.weight
+    return judge.head(torch.from_numpy(seen).to(weight.device, weight.dtype)).argmax(1).cpu().numpy()
 
 
 class Prober:
@@ -121,11 +166,15 @@ class Prober:
         self.config, self.probe, self.data, self.judge = config, config.probe, data, judge
         self.seed, self.device = seed, device
         self.size = min(self.probe.size, *data.spec.shape[1:])
+        # As many as the steps need, so that a job sees every image about once, an outlier among them too.
+        self.train_images = min(len(data.split("train")), self.probe.steps * config.train.batch_size)
         self.benches: dict[int, Bench] = {}
         self.outcomes: dict[Job, Outcome] = {}
         self.seconds: dict[Job, float] = {}
         self.curve: list[dict[str, float]] = []  # of the first job: quality after some steps
         self.curve_seconds: list[float] = []
+        self._flops: dict[Job, float] = {}
+        self._untrained: dict[int, float | None] = {}
 
     def jobs(self) -> list[Job]:
         """All jobs, the base ones (one a seed) first."""
@@ -147,6 +196,7 @@ class Prober:
         return found
 
     def run(self) -> None:
+        """Does all jobs. Raises UserError where the family cannot be built at the probe's size."""
         jobs = self.jobs()
         for done, job in enumerate(jobs, 1):
             started = time.monotonic()
@@ -156,60 +206,66 @@ class Prober:
 
     def bench(self, size: int) -> Bench:
         if size not in self.benches:
-            self.benches[size] = Bench(self.data, self.judge, size, self.seed)
+            self.benches[size] = Bench(self.data, self.judge, size, self.seed, self.train_images)
         return self.benches[size]
 
     def outcome(self, job: Job) -> Outcome:
         """Trains and measures one job."""
-        bench = self.bench(job.size or self.size)
-        torch.manual_seed(job.seed)
-        model = build(self.config.family, bench.spec, self.params(job))
-        found = Outcome(job, parameters=parameter_count(model), flops=self.flops(model, bench))
-        torch.manual_seed(job.seed)  # counting draws nothing, but batch statistics have moved
-        model = build(self.config.family, bench.spec, self.params(job))
+        bench, first = self.bench(job.size or self.size), job == Job(seed=self.seed)
+        try:
+            model = self.built(job)
+        except ValueError as error:
+            if first:
+                raise UserError(f"probe.size: {self.config.family} at {self.size} pixels: {error}") from error
+            return Outcome(job, untried=" ".join(str(error).split()))
+        found = Outcome(
+            job, parameters=parameter_count(model), flops=self.flops(job, bench), untrained=self.untrained(bench)
+        )
         images = bench.train
         if job.outliers:
-            images = images.copy()
-            count = max(1, round(job.outliers * len(images)))
-            # Within the images that the job really sees, at their share: fewer steps see fewer of them.
+            images, count = images.copy(), max(1, round(job.outliers * len(images)))
             where = np.random.default_rng(job.seed).permutation(len(images))[:count]
-            images[where] = bench.noise(count, self.seed)
-        base = job == Job(seed=self.seed)
-        marks = frozenset(round(self.probe.steps * k / 4) for k in (1, 2, 3)) if base else frozenset()
+            images[where] = bench.noise(count, job.seed)
+        steps = self.probe.steps
+        marks = frozenset(round(steps * k / MARKS) for k in range(1, MARKS)) if first else frozenset()
         started, apart = time.monotonic(), 0.0
 
         def on_samples(model: Family, step: int) -> None:
             nonlocal apart
             begun = time.monotonic()
-            self.mark(model, bench, step, begun - started - apart)
+            self.mark(self.drawn(model, bench, self.seed)[0], step, begun - started - apart)
             apart += time.monotonic() - begun
 
-        settings = self.config.train
-        scaled = max(2, round(settings.batch_size * job.batch))
-        rates: float | dict[str, float] = (
-            {name: rate * job.learning_rate for name, rate in settings.learning_rate.items()}
-            if isinstance(settings.learning_rate, dict)
-            else settings.learning_rate * job.learning_rate
-        )
-        settings = settings.model_copy(update={"batch_size": scaled, "learning_rate": rates})
         try:
             result = train(
                 model,
                 images,
                 bench.labels,
-                settings,
-                steps=self.probe.steps,
+                self.settings(job),
+                steps=steps,
                 seed=job.seed,
                 device=self.device,
                 log_every=1,
                 on_samples=on_samples if isinstance(model, Samples) else None,
                 samples_at=marks,
             )
-            if base and isinstance(model, Samples):
-                self.mark(result.model, bench, self.probe.steps, time.monotonic() - started - apart)
-            return self.measured(found, result.model, result.history, bench)
+            seconds = time.monotonic() - started - apart
+            found = self.measured(found, result.model, result.history, bench)
         except (NonFiniteLoss, FloatingPointError, torch.linalg.LinAlgError) as failure:
             return replace(found, failed=" ".join(str(failure).split()))
+        except RuntimeError as failure:
+            # Operations refuse numbers that are none in words of their own; anything else is a mistake of ours.
+            if all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise
+            return replace(found, failed=" ".join(str(failure).split()))
+        if first and found.quality is not None:
+            self.mark(found.quality, steps, seconds)
+        return found
+
+    def built(self, job: Job) -> Family:
+        """The job's model, untrained. Raises ValueError where the family cannot be built so."""
+        torch.manual_seed(job.seed)
+        return build(self.config.family, self.bench(job.size or self.size).spec, self.params(job))
 
     def params(self, job: Job) -> dict[str, Any]:
         """The family's parameters for a job: widths are scaled, keeping what they are multiples of."""
@@ -226,48 +282,62 @@ class Prober:
                 )
         return params
 
-    def mark(self, model: Family, bench: Bench, step: int, seconds: float) -> None:
-        """A point of the first job's learning curve."""
-        quality, _ = self.quality(model, bench, self.seed)
+    def settings(self, job: Job) -> Any:
+        """The trainer's settings for a job."""
+        usual = self.config.train
+        rates: float | dict[str, float] = (
+            {name: rate * job.learning_rate for name, rate in usual.learning_rate.items()}
+            if isinstance(usual.learning_rate, dict)
+            else usual.learning_rate * job.learning_rate
+        )
+        scaled = max(2, round(usual.batch_size * job.batch))
+        return usual.model_copy(update={"batch_size": scaled, "learning_rate": rates})
+
+    def mark(self, quality: float, step: int, seconds: float) -> None:
+        """A point of the first job's learning curve; its seconds are of training alone."""
         self.curve.append({"step": float(step), "quality": quality})
         self.curve_seconds.append(seconds)
 
-    def quality(self, model: Family, bench: Bench, seed: int) -> tuple[float, np.ndarray]:
-        """The share of the Gaussian control's distance that samples have, and the samples' features."""
-        drawn = draw(
-            model,
-            self.probe.samples,
-            seed=seed,
-            device=self.device,
-            batch_size=self.probe.samples,
-            knobs=self.config.evaluate.knobs | self.probe.knobs,
-            quiet=True,
-        )
-        seen = features(bench.judge, drawn)
-        return bench.distance(seen, self.seed) / bench.control, seen
+    def drawn(self, model: Family, bench: Bench, seed: int) -> tuple[float, np.ndarray]:
+        """The share of the Gaussian control's distance that samples have, and the samples' features.
+
+        Raises FloatingPointError for samples that are not finite, which would be stored as black.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        knobs = self.config.evaluate.knobs | self.probe.knobs
+        with torch.inference_mode(), autocast(self.device):
+            x: Tensor = model.sample(self.probe.samples, generator=generator, **knobs)  # type: ignore[operator]
+        if not x.isfinite().all():
+            raise FloatingPointError("the samples are not finite")
+        seen = features(bench.judge, bench.spec.to_stored(x.float()).cpu().numpy())
+        return bench.distance(seen) / bench.control, seen
 
     def measured(self, found: Outcome, model: Family, history: list[Row], bench: Bench) -> Outcome:
         """An outcome with the figures of its trained model."""
-        steps = {name: np.array([row[name] for row in history if name in row]) for name in history[-1]}
-        losses = [values for name, values in steps.items() if name == "loss" or name.endswith("_loss")]
+        names = dict.fromkeys(name for row in history for name in row)
+        steps = {name: np.array([row[name] for row in history if name in row]) for name in names}
         norms = [values for name, values in steps.items() if name.endswith("grad_norm")]
         last = {name: float(values[-max(1, len(values) // 4) :].mean()) for name, values in steps.items()}
+        ratios = [float(np.quantile(values, 0.99) / np.median(values)) for values in norms if np.median(values) > 0]
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise FloatingPointError("the last step left weights that are not finite")
         found = replace(
             found,
-            spikes=1000 * max(spikes(values) for values in losses) / len(history),
-            gradient_ratio=max(float(np.quantile(values, 0.99) / np.median(values)) for values in norms),
-            pull=self.pull(model, bench),
+            spikes=1000 * most_spikes(history) / len(history),
+            gradient_ratio=max(ratios, default=None),
+            pull=self.pull(model, bench) if found.job == Job(seed=found.job.seed) else None,
             terms={name: value for name, value in last.items() if name not in ("step", "learning_rate")},
         )
         if isinstance(model, Scores):
             found = replace(found, bits_per_dim=self.bits_per_dim(model, bench))
         if isinstance(model, Samples):
-            quality, seen = self.quality(model, bench, found.job.seed)
+            quality, seen = self.drawn(model, bench, found.job.seed)
             shares = np.bincount(classes(bench.judge, seen), minlength=len(bench.expected)) / len(seen)
+            few = min(len(seen), len(bench.seen))
             found = replace(
                 found,
                 quality=quality,
-                coverage=metrics.prdc(bench.seen[: len(seen)], seen)["coverage"],
+                coverage=metrics.prdc(bench.seen[:few], seen[:few])["coverage"],
                 missing_classes=int((shares < MISSING * bench.expected).sum()) if bench.judge.labelled else None,
             )
         return found
@@ -275,67 +345,178 @@ class Prober:
     @torch.inference_mode()
     def bits_per_dim(self, model: Any, bench: Bench) -> float:
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        x = bench.spec.to_float(torch.from_numpy(bench.real[:LIKELIHOODS]).to(self.device))
-        nats = model.log_prob(Batch(x), generator=generator).double().mean().item()
+        batch = bench.batch(bench.real[:LIKELIHOODS], self.device)
+        nats = model.log_prob(batch, generator=generator).double().mean().item()
         if not math.isfinite(nats):
             raise FloatingPointError("log_prob of a validation image is not finite")
         return -nats / (bench.spec.dims * math.log(2))
 
     def pull(self, model: Family, bench: Bench) -> float:
-        """How hard an image of noise pulls on the parameters, beside a usual image: ratio of gradient norms."""
-        usual = bench.real[: self.config.train.batch_size]
-        ratio = _gradient(model, bench.noise(len(usual), self.seed), bench.spec, self.device) / _gradient(
-            model, usual, bench.spec, self.device
-        )
-        model.eval()
-        return ratio
+        """How far one image of noise among ``PULLED`` turns the gradient: |with it - without it| / |without it|.
 
-    def flops(self, model: Family, bench: Bench) -> float:
-        """Floating-point operations of one training step, all its updates, an image."""
-        from torch.utils.flop_counter import FlopCounterMode
+        1: it weighs as much as all others together. The median over some batches, of the group of parameters that it
+        moves most; nothing is clipped.
+        """
+        ratios, few = [], min(PULLED, len(bench.real))
+        for place in range(PULLS):
+            usual = np.roll(bench.real, -few * place, axis=0)[:few]
+            odd = np.concatenate([bench.noise(1, self.seed + place), usual[1:]])
+            without, beside = (gradients(model, bench.batch(images, self.device)) for images in (usual, odd))
+            ratios.append(
+                max(
+                    float((beside[group] - slope).norm() / slope.norm().clamp(min=1e-12))
+                    for group, slope in without.items()
+                )
+            )
+        return float(np.median(ratios))
 
-        with FlopCounterMode(display=False) as counter:
-            n = min(16, len(bench.train))
-            _gradient(model, bench.train[:n], bench.spec, self.device)
-        return counter.get_total_flops() / n
+    def untrained(self, bench: Bench) -> float | None:
+        """The quality of a model that has learned nothing."""
+        size = bench.spec.shape[1]
+        if size not in self._untrained:
+            model = self.built(Job(seed=self.seed, size=size)).to(self.device)
+            if isinstance(model, Initialises):
+                generator = torch.Generator(self.device).manual_seed(self.seed)
+                model.initialise(bench.batch(bench.train[:PULLED], self.device), generator=generator)
+            try:
+                self._untrained[size] = (
+                    self.drawn(model.eval(), bench, self.seed)[0] if isinstance(model, Samples) else None
+                )
+            except FloatingPointError:
+                self._untrained[size] = None
+        return self._untrained[size]
+
+    def flops(self, job: Job, bench: Bench) -> float:
+        """Floating-point operations of training, all updates of a step, an image."""
+        kind = Job(size=bench.spec.shape[1], width=job.width, params=job.params)
+        if kind not in self._flops:
+            model, few = self.built(job).to(self.device).train(), bench.batch(bench.train[:8], self.device)
+            totals = [0]
+            with Operations() as counted:
+                while len(totals) <= CYCLE and not (len(totals) == 3 and totals[2] == 2 * totals[1]):
+                    _slopes(model, few)
+                    totals.append(counted.total)
+            self._flops[kind] = totals[-1] / ((len(totals) - 1) * len(few.x))
+        return self._flops[kind]
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products and convolutions, two for each multiply-add.
+
+    By PyTorch's own table; its FlopCounterMode hooks into modules as well, which a penalty on gradients breaks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.utils.flop_counter import flop_registry
+
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _scaled(value: int, factor: float) -> int:
     """``value * factor``, a multiple of 8 or 4 where ``value`` is one: networks group their channels."""
     unit = next(unit for unit in (8, 4, 1) if value % unit == 0)
-    return max(unit, unit * round(value * factor / unit))
+    return max(unit, unit * math.floor(value * factor / unit + 0.5))
 
 
-def _gradient(model: Family, images: np.ndarray, spec: DataSpec, device: torch.device) -> float:
-    """Norm of the gradients of all updates of one batch; changes no parameter."""
-    model.to(device).train().requires_grad_(True)
-    generator = torch.Generator(device).manual_seed(0)
-    x = spec.to_float(torch.from_numpy(np.array(images)).to(device))
-    batch = Batch(x, torch.zeros(len(x), dtype=torch.int64, device=device))
-    groups, total = model.groups(), 0.0
-    for group, terms in model.updates(batch, generator=generator):
+def gradients(model: Family, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of every group's loss in one training step, laid flat; the model stays as it is."""
+    return _slopes(copy.deepcopy(model).train().requires_grad_(True), batch)
+
+
+def _slopes(model: Family, batch: Batch) -> dict[str, Tensor]:
+    generator = torch.Generator(batch.x.device).manual_seed(0)
+    groups, found = model.groups(), {}
+    for group, terms in model.updates(Batch(batch.x.clone(), batch.cond), generator=generator):
         slopes = torch.autograd.grad(terms["loss"], groups[group], retain_graph=True, allow_unused=True)
-        total += sum(float(slope.double().square().sum()) for slope in slopes if slope is not None)
-    return math.sqrt(total)
+        found[group] = torch.cat([slope.double().flatten() for slope in slopes if slope is not None])
+    return found
 
 
-def spikes(losses: np.ndarray, window: int = 15) -> int:
-    """Steps whose loss is more than 5 σ above the median of the steps around it, σ robust (1.4826 MAD)."""
-    if len(losses) < window:
+def most_spikes(history: Sequence[Row]) -> int:
+    """The ``spikes`` of the loss that has most of them.
+
+    Steps that have other terms than their neighbours (a penalty that is added every few steps) are a series apart.
+    """
+    counts: Counter[str] = Counter()
+    for names in {frozenset(row) for row in history}:
+        rows = [row for row in history if row.keys() == names]
+        for name in names:
+            if name == "loss" or name.endswith("_loss"):
+                counts[name] += spikes(np.array([row[name] for row in rows]))
+    return max(counts.values(), default=0)
+
+
+def spikes(losses: np.ndarray, window: int = 15, around: int = 61) -> int:
+    """Steps whose loss is more than 5 σ above the median of the ``window`` steps around it.
+
+    σ is robust (1.4826 times the median absolute deviation) and local, over ``around`` steps: noise falls as a model
+    learns. The first and last ``window // 2`` steps have no such median and are not judged. A spike is what lasts less
+    than half of ``window``; what lasts longer is another level.
+    """
+    if len(losses) < 2 * window:
         return 0
-    padded = np.pad(losses, window // 2, mode="reflect")
-    residual = losses - np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
-    sigma = 1.4826 * np.median(np.abs(residual))
-    return int((residual > SPIKE * sigma).sum()) if sigma > 0 else 0
+    half = window // 2
+    median = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
+    residual = losses[half : len(losses) - half] - median
+    size = np.abs(residual)
+    reach = min(around, len(size)) // 2
+    places = np.arange(len(size)).clip(reach, max(reach, len(size) - 1 - reach))
+    sigma = np.array([1.4826 * np.median(size[max(0, at - reach) : at + reach + 1]) for at in places])
+    # Without any noise at all, a rounding error would be a spike.
+    least = 1e-9 * np.abs(median).max()
+    return int((residual > SPIKE * np.maximum(sigma, least)).sum())
+
+
+# What the outcomes say. A figure is {"value", "low", "high", "n"}: the ends of a 95% interval over the seeds; an end
+# that is not known is None and the figure says "open". What could not be measured at all is None.
+
+
+class Noise(NamedTuple):
+    """How much one job's log quality varies from seed to seed: standard deviation and its degrees of freedom."""
+
+    sd: float
+    df: int
+
+    def half(self, variance: float) -> float:
+        """Half of the 95% interval of a figure that has ``variance`` times the noise's."""
+        from scipy import stats
+
+        return float(stats.t.ppf(0.975, self.df) * self.sd * math.sqrt(variance)) if self.df else math.inf
+
+
+def level(found: Outcome) -> float | None:
+    """The log of a quality. A failed job has learned nothing; what can't be told from real images has ``FLOOR``."""
+    quality = found.untrained if found.failed else found.quality
+    return None if quality is None else math.log(max(quality, FLOOR))
+
+
+def levels(found: Iterable[Outcome]) -> np.ndarray:
+    return np.array([value for outcome in found if (value := level(outcome)) is not None], float)
+
+
+def pooled(*groups: Sequence[Outcome]) -> Noise:
+    """The noise within groups of outcomes that differ by their seeds alone."""
+    known = [logs for group in groups if len(logs := levels(group)) > 1]
+    df = sum(len(logs) - 1 for logs in known)
+    squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in known)
+    return Noise(math.sqrt(squares / df) if df else 0.0, df)
 
 
 def summarise(prober: Prober) -> dict[str, Any]:
-    """The figures of a probe: stability, capacity, outliers, resolution and what ``vary`` varied.
+    """The figures of a probe: stability, capacity, density and what ``vary`` varied. Intervals: 95%, over the seeds."""
+    return summary(list(prober.outcomes.values()), prober.probe, prober.size, prober.seed)
 
-    A figure is {"value", "low", "high", "n"}; what could not be measured is None. Intervals: 95%, over the seeds.
-    """
-    outcomes = list(prober.outcomes.values())
-    seed, probe = prober.seed, prober.probe
+
+def summary(outcomes: list[Outcome], probe: Probe, size: int, seed: int) -> dict[str, Any]:
+    """``summarise`` of outcomes; the first of them is the base job's."""
+    outcomes = [found for found in outcomes if not found.untried]
 
     def those(**wanted: Any) -> list[Outcome]:
         """Outcomes of the base job but for ``wanted``; a value of None stands for any."""
@@ -346,171 +527,257 @@ def summarise(prober: Prober) -> dict[str, Any]:
             if all(value is None or getattr(found.job, name) == value for name, value in usual.items())
         ]
 
-    base, rates, widths = those(seed=None), those(learning_rate=None), those(width=None)
-    small, planted = those(seed=None, batch=probe.batch), those(seed=None, outliers=probe.outliers)
+    base, rates, widths, sizes = those(seed=None), those(learning_rate=None), those(width=None), those(size=None)
+    small = those(seed=None, batch=probe.batch) if probe.batch != 1 else []
+    planted = those(seed=None, outliers=probe.outliers) if probe.outliers else []
+    noise = pooled(base, planted)  # few outliers change the quality, hardly its noise
+    usual = [found for found in outcomes if found.job.learning_rate == 1 and not found.job.params]
+    grown = [*base, *(found for found in widths if found not in base)]
     return {
         "stability": {
-            "diverged": _share([diverged(found, base) for found in (*base, *small)]),
+            "diverged": _share([diverged(found, outcomes) for found in usual]),
             "spread": _spread(base),
-            "spikes": _mean([found.spikes for found in base]),
-            "gradient_ratio": _mean([found.gradient_ratio for found in base]),
-            "usable_learning_rates": _usable(rates),
-            "small_batch_cost": _ratio(base, small) if probe.batch != 1 else None,
-            "small_batch_spread": _spread(small) if probe.batch != 1 else None,
-            "outlier_cost": _ratio(base, planted) if probe.outliers else None,
-            "outlier_pull": _mean([found.pull for found in base]),
+            "spikes": _mean([found.spikes for found in base], least=0.0),
+            "gradient_ratio": _mean([found.gradient_ratio for found in base], least=1.0),
+            "usable_learning_rates": _usable(rates, noise),
+            "small_batch_cost": _ratio(base, small),
+            "small_batch_spread": _spread(small),
+            "outlier_cost": _paired(base, planted),
+            "outlier_bits": _lost_bits(base, planted),
+            "outlier_pull": _mean([found.pull for found in base], least=0.0),
         },
         "capacity": {
-            "quality": _mean([found.quality for found in base], positive=True),
-            "coverage": _mean([found.coverage for found in base]),
-            "missing_classes": _mean([found.missing_classes for found in base]),
+            "quality": _quality(base),
+            "untrained": None if base[0].untrained is None else {"value": base[0].untrained, "n": 1, "open": True},
+            "coverage": _mean([found.coverage for found in base], least=0.0),
+            "missing_classes": _mean([found.missing_classes for found in base], least=0.0),
             "flops": {"value": base[0].flops, "n": 1},
-            "slope": _slope(widths),
-            "at_equal_parameters": _at(widths, _mean([found.quality for found in base], positive=True)),
-            "resolution_cost": _resolution(those(size=None), prober.size),
+            "slope": _slope(grown, noise, "parameters"),
+            "flops_slope": _slope(grown, noise, "flops"),
+            "at_equal_parameters": _at(grown, noise),
+            "resolution_cost": _resolution(sizes, size, noise),
+        },
+        "density": {
+            "bits_per_dim": _mean([found.bits_per_dim for found in base]),
+            "kl_trade": next((found for name in probe.vary if (found := _trade(name, outcomes, base))), None),
         },
         "vary": {name: _vary(name, outcomes, base[0]) for name in probe.vary},
     }
 
 
-EQUAL_PARAMETERS = 200_000  # where families are compared at equal size
-
-
-def diverged(found: Outcome, peers: Iterable[Outcome]) -> bool:
-    """Not finite, or three times as bad as the median of its peers: lost, even if its loss is still a number."""
-    qualities = [peer.quality for peer in peers if peer.quality is not None]
-    if found.failed or found.quality is None or not qualities:
-        return bool(found.failed)
-    return found.quality > 3 * float(np.median(qualities))
+def diverged(found: Outcome, outcomes: Iterable[Outcome]) -> bool:
+    """Not finite; or no better than before the first step; or lost: ``LOST`` times as bad as with other seeds."""
+    if found.failed:
+        return True
+    if found.quality is None:
+        return False
+    if found.untrained is not None and found.quality >= found.untrained:
+        return True
+    peers = levels(other for other in outcomes if replace(other.job, seed=found.job.seed) == found.job)
+    return len(peers) > 2 and math.log(max(found.quality, FLOOR)) > math.log(LOST) + float(np.median(peers))
 
 
 def _figure(value: float, low: float, high: float, n: int, **more: Any) -> dict[str, Any]:
-    return {"value": float(value), "low": float(low), "high": float(high), "n": n} | more
+    """JSON has no infinity: an end that is not known is None, and the figure then says that it is open."""
+    ends = {name: float(end) if math.isfinite(end) else None for name, end in (("low", low), ("high", high))}
+    return {"value": float(value), **ends, "n": n} | ({"open": True} if None in ends.values() else {}) | more
 
 
-def _share(hits: list[bool]) -> dict[str, Any]:
+def _share(hits: Sequence[bool]) -> dict[str, Any] | None:
     """A share with its 95% Wilson interval."""
-    n, z = len(hits), 1.96
-    p = sum(hits) / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return _figure(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale), n)
+    return _figure(sum(hits) / len(hits), *metrics.wilson(sum(hits), len(hits)), len(hits)) if hits else None
 
 
-def _mean(values: Iterable[float | None], *, positive: bool = False) -> dict[str, Any] | None:
-    """The mean with its 95% t interval; of the logarithms (a geometric mean) where ``positive``."""
+def _mean(values: Iterable[float | None], *, least: float = -math.inf) -> dict[str, Any] | None:
+    """The mean with its 95% t interval, which ends at ``least``."""
     from scipy import stats
 
     found = np.array([value for value in values if value is not None], float)
     if not len(found):
         return None
-    positive = positive and bool((found > 0).all())
-    logs = np.log(found) if positive else found
-    half = stats.t.ppf(0.975, len(found) - 1) * logs.std(ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.inf
-    ends = (logs.mean(), logs.mean() - half, logs.mean() + half)
-    value, low, high = (math.exp(min(end, 700.0)) for end in ends) if positive else ends
-    return _finite(_figure(value, low, high, len(found)))
+    mean, n = found.mean(), len(found)
+    half = stats.t.ppf(0.975, n - 1) * found.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return _figure(mean, max(mean - half, least) if math.isfinite(half) else -math.inf, mean + half, n)
 
 
-def _finite(figure: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: an interval without an end says None."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in figure.items()}
+def _quality(found: Sequence[Outcome]) -> dict[str, Any] | None:
+    """The geometric mean over the seeds with its 95% t interval."""
+    logs, noise = levels(found), pooled(found)
+    if not len(logs):
+        return None
+    return _exp(logs.mean(), noise.half(1 / len(logs)), len(logs))
 
 
-def _spread(found: list[Outcome]) -> dict[str, Any] | None:
-    """Interquartile range over median of the quality across seeds; the interval from resampling the seeds."""
-    values = np.array([outcome.quality for outcome in found if outcome.quality is not None])
-    if len(values) < 2:
+def _exp(value: float, half: float, n: int, **more: Any) -> dict[str, Any]:
+    """The figure of a logarithm. An interval of more than e^50 to either side is none."""
+    known = half < 50
+    low, high = (math.exp(value - half), math.exp(value + half)) if known else (-math.inf, math.inf)
+    return _figure(math.exp(value), low, high, n, **more)
+
+
+def _spread(found: Sequence[Outcome]) -> dict[str, Any] | None:
+    """Interquartile range over median of the quality, of the log-normal distribution through the seeds.
+
+    The quartiles of three figures would lie between the figures and say too little. The interval is that of a standard
+    deviation (χ²): with three seeds it goes from half to six times the value.
+    """
+    from scipy import stats
+
+    noise = pooled(found)
+    if not noise.df:
+        return None
+    ends = [noise.sd * math.sqrt(noise.df / stats.chi2.ppf(end, noise.df)) for end in (0.5, 0.975, 0.025)]
+    # Quartiles of a log-normal: median times e^(±0.6745 σ). Beyond σ = 50 no number is left to print.
+    _, low, high = (2 * math.sinh(0.6745 * min(end, 50.0)) for end in ends)
+    return _figure(2 * math.sinh(0.6745 * min(noise.sd, 50.0)), low, high, noise.df + 1)
+
+
+def _usable(found: Sequence[Outcome], noise: Noise) -> dict[str, Any] | None:
+    """Decades between the smallest and the largest usable learning rate, without a gap around the best.
+
+    The true ends lie between the last usable rate and the next one tried: the interval's upper end counts up to there,
+    and is open where the last rate tried is usable. Both ends hold for 95% of what the noise makes of the qualities.
+    """
+    order = sorted((o for o in found if level(o) is not None), key=lambda outcome: outcome.job.learning_rate)
+    logs, rates = levels(order), np.log10([outcome.job.learning_rate for outcome in order])
+    if len(logs) < 2 or all(outcome.failed for outcome in order):
         return None
 
-    def spread(rows: np.ndarray) -> np.ndarray:
-        quartiles = np.quantile(rows, [0.25, 0.5, 0.75], axis=-1)
-        return (quartiles[2] - quartiles[0]) / np.abs(quartiles[1])
+    def ends(logs: np.ndarray) -> tuple[int, int]:
+        first = last = int(np.argmin(logs))
+        good = logs <= logs[first] + math.log(USABLE)
+        while first > 0 and good[first - 1]:
+            first -= 1
+        while last + 1 < len(good) and good[last + 1]:
+            last += 1
+        return first, last
 
-    # The exact bootstrap of so few: an F interval would assume normal figures, resampling ends at the largest seen.
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(spread(draws), [0.025, 0.975])
-    return _figure(float(spread(values)), low, high, len(values))
+    def least(first: int, last: int) -> float:
+        return float(rates[last] - rates[first])
+
+    def most(first: int, last: int) -> float:
+        tried = first > 0 and last + 1 < len(rates)
+        return float(rates[last + 1] - rates[first - 1]) if tried else math.inf
+
+    found_ends, best = ends(logs), int(np.argmin(logs))
+    more = {"best": order[best].job.learning_rate}
+    if not noise.df:
+        return _figure(least(*found_ends), -math.inf, math.inf, len(logs), **more)
+    random = np.random.default_rng(0)
+    tried = [ends(logs + noise.sd * random.standard_t(noise.df, len(logs))) for _ in range(1000)]
+    low = np.quantile([least(*each) for each in tried], 0.025)
+    high = np.quantile([most(*each) for each in tried], 0.975, method="higher")  # no infinity is interpolated
+    return _figure(least(*found_ends), low, high, len(logs), **more)
 
 
-def _usable(found: list[Outcome]) -> dict[str, Any] | None:
-    """Decades between the smallest and the largest usable learning rate, without a gap around the best."""
-    order = sorted(found, key=lambda outcome: outcome.job.learning_rate)
-    qualities = [math.inf if outcome.quality is None else outcome.quality for outcome in order]
-    if not any(map(math.isfinite, qualities)):
+def _ratio(base: Sequence[Outcome], changed: Sequence[Outcome]) -> dict[str, Any] | None:
+    """Quality of the changed jobs over that of the base jobs: 1 is no cost. Geometric means, Welch's t interval."""
+    from scipy import stats
+
+    groups = levels(base), levels(changed)
+    if not all(map(len, groups)):
         return None
-    best = int(np.argmin(qualities))
-    good = [quality <= max(USABLE * qualities[best], qualities[best] + 0.02) for quality in qualities]
-    first = last = best
-    while first > 0 and good[first - 1]:
-        first -= 1
-    while last + 1 < len(order) and good[last + 1]:
-        last += 1
-    rates = [outcome.job.learning_rate for outcome in order]
-    # The true ends lie between the last usable rate and the next one tried.
-    wider = math.log10(rates[min(last + 1, len(rates) - 1)] / rates[max(first - 1, 0)])
-    decades = math.log10(rates[last] / rates[first])
-    return _figure(decades, decades, wider, len(order), best=rates[best])
+    value, n = groups[1].mean() - groups[0].mean(), min(map(len, groups))
+    if n < 2:
+        return _exp(value, math.inf, n)
+    squares = [logs.var(ddof=1) / len(logs) for logs in groups]
+    below = sum(square**2 / (len(logs) - 1) for square, logs in zip(squares, groups, strict=True))
+    df = sum(squares) ** 2 / below if below else len(groups[0]) + len(groups[1]) - 2
+    return _exp(value, float(stats.t.ppf(0.975, df)) * math.sqrt(sum(squares)), n)
 
 
-def _ratio(base: list[Outcome], changed: list[Outcome]) -> dict[str, Any] | None:
-    """Quality of the changed jobs over that of the base jobs of the same seeds: 1 is no cost."""
-    before = {found.job.seed: found.quality for found in base}
-    pairs = [(before.get(found.job.seed), found.quality) for found in changed]
-    return _mean([b / a if a and b and a > 0 and b > 0 else None for a, b in pairs], positive=True)
-
-
-def _line(found: list[Outcome]) -> tuple[np.ndarray, np.ndarray] | None:
-    """log2 of parameters and of quality over the widths, where at least two are known."""
-    known = [outcome for outcome in found if outcome.quality is not None and outcome.quality > 0]
-    if len({outcome.parameters for outcome in known}) < 2:
+def _paired(base: Sequence[Outcome], changed: Sequence[Outcome]) -> dict[str, Any] | None:
+    """``_ratio`` of jobs that go the same way but for the change, seed by seed: t interval of the log ratios."""
+    before = {found.job.seed: value for found in base if (value := level(found)) is not None}
+    pairs = [(before.get(found.job.seed), level(found)) for found in changed]
+    found = _mean([b - a for a, b in pairs if a is not None and b is not None])
+    if found is None:
         return None
-    return np.log2([o.parameters for o in known]), np.log2([o.quality or 1.0 for o in known])
+    return _exp(found["value"], math.inf if found["high"] is None else found["high"] - found["value"], found["n"])
 
 
-def _slope(found: list[Outcome]) -> dict[str, Any] | None:
-    """Factor of the quality a doubling of the parameters: below 1 is a gain. Points: every width."""
-    line = _line(found)
+def _lost_bits(base: Sequence[Outcome], planted: Sequence[Outcome]) -> dict[str, Any] | None:
+    """Bits/dim of validation images that planted outliers cost, by pairs of the same seed."""
+    before = {found.job.seed: found.bits_per_dim for found in base}
+    pairs = [(before.get(found.job.seed), found.bits_per_dim) for found in planted]
+    return _mean([b - a for a, b in pairs if a is not None and b is not None])
+
+
+class Line(NamedTuple):
+    """A straight line through points, ``value`` at the middle of their x."""
+
+    value: float
+    slope: float
+    middle: float
+    n: int
+    squares: float  # Σ (x - middle)²
+
+    def variance(self, x: float) -> float:
+        """Of the line at ``x``, in units of a point's."""
+        return 1 / self.n + (x - self.middle) ** 2 / self.squares
+
+
+def _line(found: Sequence[Outcome], by: str) -> Line | None:
+    """Log quality over the log of ``by`` (parameters or flops), where there are at least two of them."""
+    known = [(float(getattr(outcome, by)), y) for outcome in found if (y := level(outcome)) is not None]
+    known = [(x, y) for x, y in known if x > 0]
+    if len({x for x, _ in known}) < 2:
+        return None
+    xs, ys = np.log([x for x, _ in known]), np.array([y for _, y in known])
+    slope, value = np.polyfit(xs - xs.mean(), ys, 1)
+    return Line(float(value), float(slope), float(xs.mean()), len(xs), float(((xs - xs.mean()) ** 2).sum()))
+
+
+def _slope(found: Sequence[Outcome], noise: Noise, by: str) -> dict[str, Any] | None:
+    """Factor of the quality a doubling of the parameters or operations: below 1 is a gain. Points: every width."""
+    line = _line(found, by)
     if line is None:
         return None
-    slope = np.polyfit(*line, 1)[0]
-    points = [
-        {
-            "width": outcome.job.width,
-            "parameters": outcome.parameters,
-            "flops": outcome.flops,
-            "quality": outcome.quality,
-            "coverage": outcome.coverage,
-            "missing_classes": outcome.missing_classes,
-        }
-        for outcome in sorted(found, key=lambda outcome: outcome.job.width)
-    ]
-    return {"value": float(2**slope), "low": None, "high": None, "n": len(line[0]), "points": points}
+    points = []
+    for width in sorted({outcome.job.width for outcome in found}):
+        same = [outcome for outcome in found if outcome.job.width == width]
+        logs = levels(same)
+        points.append(
+            {
+                "width": width,
+                "parameters": same[0].parameters,
+                "flops": same[0].flops,
+                "quality": float(np.exp(logs.mean())) if len(logs) else None,
+                "coverage": _average([outcome.coverage for outcome in same]),
+                "missing_classes": _average([outcome.missing_classes for outcome in same]),
+                "n": len(same),
+                "failed": next((outcome.failed for outcome in same if outcome.failed), None),
+            }
+        )
+    double = math.log(2)
+    return _exp(double * line.slope, noise.half(double**2 / line.squares), line.n, points=points)
 
 
-def _at(found: list[Outcome], base: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Quality at EQUAL_PARAMETERS on the line through the widths, with the seeds' relative interval."""
-    line = _line(found)
-    if line is None or base is None:
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _at(found: Sequence[Outcome], noise: Noise) -> dict[str, Any] | None:
+    """Quality at EQUAL_PARAMETERS on the line through the widths; None too far from them."""
+    line, x = _line(found, "parameters"), math.log(EQUAL_PARAMETERS)
+    tried = [math.log(outcome.parameters) for outcome in found if outcome.parameters]
+    if line is None or not min(tried) - math.log(REACH) <= x <= max(tried) + math.log(REACH):
         return None
-    value = float(2 ** np.polyval(np.polyfit(*line, 1), math.log2(EQUAL_PARAMETERS)))
-    ends = [None if base[end] is None else value * base[end] / base["value"] for end in ("low", "high")]
-    return {"value": value, "low": ends[0], "high": ends[1], "n": len(line[0]), "parameters": EQUAL_PARAMETERS}
+    half = noise.half(line.variance(x))
+    return _exp(line.value + line.slope * (x - line.middle), half, line.n, parameters=EQUAL_PARAMETERS)
 
 
-def _resolution(found: list[Outcome], size: int) -> dict[str, Any] | None:
+def _resolution(found: Sequence[Outcome], size: int, noise: Noise) -> dict[str, Any] | None:
     """Factor of the quality from the smallest to the largest resolution, at equal steps. Points: every size."""
-    known = sorted(
-        ((outcome.job.size or size, outcome.quality) for outcome in found if outcome.quality is not None),
-        key=lambda pair: pair[0],
-    )
-    if len(known) < 2 or known[0][1] <= 0:
+    known = sorted((outcome.job.size or size, value) for outcome in found if (value := level(outcome)) is not None)
+    if len(known) < 2:
         return None
-    points = [{"size": side, "quality": quality} for side, quality in known]
-    return {"value": known[-1][1] / known[0][1], "low": None, "high": None, "n": len(known), "points": points}
+    points = [{"size": side, "quality": math.exp(value)} for side, value in known]
+    return _exp(known[-1][1] - known[0][1], noise.half(2), len(known), points=points)
 
 
-def _vary(name: str, outcomes: list[Outcome], base: Outcome) -> list[dict[str, Any]]:
+def _vary(name: str, outcomes: Iterable[Outcome], base: Outcome) -> list[dict[str, Any]]:
     """The terms and the quality at every value of one parameter, the model's own value as None."""
     found = [base] + [outcome for outcome in outcomes if dict(outcome.job.params).keys() == {name}]
     return [
@@ -524,9 +791,33 @@ def _vary(name: str, outcomes: list[Outcome], base: Outcome) -> list[dict[str, A
     ]
 
 
-Measure = Callable[[Prober], dict[str, Any]]
+def _trade(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, Any] | None:
+    """Rank correlation of code length and reconstruction error over the values of a parameter.
+
+    -1: whichever value has the shorter code reconstructs worse. The interval holds 95% of what the noise from seed to
+    seed makes of it. None where the family's terms are others.
+    """
+    from scipy import stats
+
+    both = ("kl", "reconstruction")
+    varied = [outcome for outcome in outcomes if dict(outcome.job.params).keys() == {name}]
+    known = [o.terms for o in (base[0], *varied) if o.terms and set(both) <= set(o.terms)]
+    if len(known) < 3:
+        return None
+    points = np.array([[terms[key] for key in both] for terms in known])
+    seeds = np.array([[o.terms[key] for key in both] for o in base if o.terms and set(both) <= set(o.terms)])
+    value = float(stats.spearmanr(*points.T).statistic)
+    if len(seeds) < 2:
+        return _figure(value, -math.inf, math.inf, len(points))
+    random = np.random.default_rng(0)
+    # In proportion: a term ten times as large varies ten times as much.
+    share = seeds.std(axis=0, ddof=1) / np.abs(seeds.mean(axis=0))
+    draws = points * (1 + share * random.standard_t(len(seeds) - 1, (1000, *points.shape)))
+    low, high = np.quantile([stats.spearmanr(*each.T).statistic for each in draws], [0.025, 0.975])
+    return _figure(value, low, high, len(points))
 
 
-def setting(probe: Probe, size: int, jobs: int) -> dict[str, Any]:
+def setting(probe: Probe, prober: Prober) -> dict[str, Any]:
     """What was done, for the report."""
-    return probe.model_dump(mode="json") | {"size": size, "jobs": jobs, "train_images": TRAIN, "real_images": REAL}
+    done = {"size": prober.size, "jobs": len(prober.outcomes), "train_images": prober.train_images}
+    return probe.model_dump(mode="json") | done | {"real_images": len(prober.bench(prober.size).real)}

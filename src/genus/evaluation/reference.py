@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
+from genus.config import Backbone
 from genus.data.loaders import Dataset
 from genus.errors import UserError
 from genus.evaluation import metrics
+from genus.evaluation.features import Components, Extract, backbone
 from genus.evaluation.judge import Judge, accuracy, features
 from genus.files import read_json, replacing, write_json
 
@@ -19,14 +22,14 @@ SAMPLES = 10_000  # of the Gaussian control, and at most of train features for t
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A trained judge, its features of test and of train images, and the control's distance."""
+class View:
+    """One set of features: how to take them, those of real images, and what the Gaussian control scores on them."""
 
-    judge: Judge
-    test: np.ndarray  # [N, 128] float64: what samples are compared with
-    train: np.ndarray  # [≤ 10,000, 128]: the floor, that is what real images score
+    name: str
+    extract: Extract
+    test: np.ndarray  # [N, D] float64: what samples are compared with
+    train: np.ndarray  # [≤ 10,000, D]: the floor, that is what real images score
     control: float  # Fréchet distance of the Gaussian control
-    accuracy: float  # of the judge on test
     frechet: metrics.Frechet
 
     def floor(self, n: int) -> np.ndarray:
@@ -34,38 +37,59 @@ class Reference:
         return self.train[:n]
 
 
-def make_reference(judge: Judge, data: Dataset, folder: Path, *, seed: int) -> Reference:
-    """Scores the judge and the control and writes weights, features and figures to ``folder``.
+@dataclass(frozen=True)
+class Reference:
+    """A trained judge, its accuracy on test, and a view of the data for each set of features, the judge's first."""
 
-    The test split is read here to be measured against, never to choose anything.
+    judge: Judge
+    accuracy: float
+    views: dict[str, View]
+
+
+def make_reference(
+    judge: Judge, data: Dataset, folder: Path, *, seed: int, config: Backbone | None = None
+) -> Reference:
+    """Takes the features of test and train images, scores judge and control, and writes all of it to ``folder``.
+
+    ``config`` adds a pretrained network's features. The test split is read here to be measured against, never to
+    choose anything. Raises UserError as ``backbone`` does.
     """
-    images = data.split("train")
+    images, test = data.split("train"), data.split("test")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:SAMPLES])
     chosen = np.random.default_rng(seed + 1).permutation(chosen)
-    test, train = features(judge, data.split("test")), features(judge, images[chosen])
-    frechet = metrics.Frechet(test)
+    components = Components.of(np.asarray(images))
     drawn = metrics.gaussian_control(np.asarray(images), SAMPLES, levels=data.spec.levels, seed=seed)
-    control = frechet(features(judge, drawn))
-    right = accuracy(judge, data.split("test"), data.labels("test"))
+    views = {}
+    for name, extract in _extracts(judge, components, data, config).items():
+        # In float32, as they are stored: the judge computes in it, and all readers have the same numbers.
+        real, seen = (extract(part).astype(np.float32).astype(np.float64) for part in (test, images[chosen]))
+        frechet = metrics.Frechet(real)
+        views[name] = View(name, extract, real, seen, frechet(extract(drawn)), frechet)
+    right = accuracy(judge, test, data.labels("test"))
     with replacing(folder) as temporary:
         temporary.mkdir()
         state = {name: value.cpu().contiguous() for name, value in judge.state_dict().items()}
         save_file(state, temporary / "weights.safetensors")
-        np.save(temporary / "test.npy", test.astype(np.float32))  # the judge computes in float32: nothing is lost
-        np.save(temporary / "train.npy", train.astype(np.float32))
+        np.save(temporary / "components.npy", np.concatenate([components.mean[None], components.axes.T]))
+        for name, view in views.items():
+            np.save(temporary / f"{name}-test.npy", view.test.astype(np.float32))
+            np.save(temporary / f"{name}-train.npy", view.train.astype(np.float32))
+        first = views["judge"]
         write_json(
             temporary / "judge.json",
             {
                 "spec": data.spec.to_json(),
                 "accuracy": right,
-                "control": control,
+                "control": first.control,
                 "control_n": SAMPLES,
-                "floor": frechet(train),
-                "floor_n": len(train),
+                "controls": {name: view.control for name, view in views.items()},
+                "floor": first.frechet(first.train),
+                "floor_n": len(first.train),
+                "backbone": config.model_dump(mode="json") if config else None,
                 "data_sha256": data.description["sha256"],
             },
         )
-    return Reference(judge, test, train, control, right, frechet)
+    return Reference(judge, right, views)
 
 
 def open_reference(data: Dataset, folder: str | os.PathLike[str]) -> Reference:
@@ -76,6 +100,18 @@ def open_reference(data: Dataset, folder: str | os.PathLike[str]) -> Reference:
     about = read_json(folder / "judge.json")
     judge = Judge(data.spec)
     judge.load_state_dict(load_file(folder / "weights.safetensors"))
-    test = np.load(folder / "test.npy", allow_pickle=False).astype(np.float64)
-    train = np.load(folder / "train.npy", allow_pickle=False).astype(np.float64)
-    return Reference(judge.eval(), test, train, about["control"], about["accuracy"], metrics.Frechet(test))
+    stored = np.load(folder / "components.npy", allow_pickle=False)
+    config = Backbone.model_validate(about["backbone"]) if about["backbone"] else None
+    views = {}
+    for name, extract in _extracts(judge.eval(), Components(stored[0], stored[1:].T), data, config).items():
+        test, train = (
+            np.load(folder / f"{name}-{split}.npy", allow_pickle=False).astype(np.float64)
+            for split in ("test", "train")
+        )
+        views[name] = View(name, extract, test, train, about["controls"][name], metrics.Frechet(test))
+    return Reference(judge, about["accuracy"], views)
+
+
+def _extracts(judge: Judge, components: Components, data: Dataset, config: Backbone | None) -> dict[str, Extract]:
+    found: dict[str, Extract] = {"judge": partial(features, judge), "pixels": components}
+    return found | ({"backbone": backbone(config, data.spec)} if config else {})

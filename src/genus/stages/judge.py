@@ -24,7 +24,8 @@ def run(name: str) -> None:
         data.split("train"),
         data.labels("train"),
         device=pick_device(params.device),
-        **options.model_dump(),
+        **options.model_dump(exclude={"backbone"}),
     )
-    reference = make_reference(judge, data, Path("data/judge") / name, seed=params.seed)
-    print(f"judge of {name}: {reference.accuracy:.2%} of test, control {reference.control:.1f}")
+    folder = Path("data/judge") / name
+    reference = make_reference(judge, data, folder, seed=params.seed, config=options.backbone)
+    print(f"judge of {name}: {reference.accuracy:.2%} of test, control {reference.views['judge'].control:.1f}")

@@ -23,7 +23,7 @@ def run(name: str) -> None:
     from genus.evaluation import constraints, two_d
     from genus.evaluation.probe import Prober, setting, summarise
     from genus.evaluation.reference import open_reference
-    from genus.training import pick_device, set_up
+    from genus.training import NonFiniteLoss, pick_device, set_up
 
     started = time.monotonic()
     device = pick_device(params.device)
@@ -37,14 +37,17 @@ def run(name: str) -> None:
     seconds["probe_jobs_seconds"] = time.monotonic() - started
 
     begun = time.monotonic()
+    what: dict[str, Any] = {"family": chosen.family, "params": chosen.params, "seed": params.seed}
+    knobs = chosen.evaluate.knobs | chosen.probe.knobs
     found: dict[str, Any] = {
-        "setting": setting(chosen.probe, prober.size, len(prober.outcomes)),
+        "setting": setting(chosen.probe, prober),
         **summarise(prober),
         "curve": prober.curve,
         "constraints": {
-            "free_places": constraints.free_places(chosen.family, {}, seed=params.seed),
-            "jacobian": constraints.jacobian(chosen.family, {}, seed=params.seed),
-            "networks": constraints.networks(chosen.family, {}, seed=params.seed),
+            "free_places": constraints.free_places(**what),
+            "jacobian": constraints.jacobian(**what),
+            "networks": constraints.networks(**what),
+            "trained_share": constraints.trained_share(**what, spec=data.spec, knobs=knobs),
         },
         "jobs": [asdict(outcome) for outcome in prober.outcomes.values()],
         "two_d": {},
@@ -54,7 +57,11 @@ def run(name: str) -> None:
     with replacing(Path("reports/probes") / chosen.collection / name) as folder:
         folder.mkdir(parents=True)
         for shape in chosen.probe.two_d:
-            fitted = two_d.fit(chosen.family, {}, shape, seed=params.seed, device=device)
+            try:
+                fitted = two_d.fit(chosen.family, {}, shape, seed=params.seed, device=device)
+            except (NonFiniteLoss, ValueError) as failure:  # it diverged, or it does not take two numbers
+                found["two_d"][shape] = {"kl": None, "failed": " ".join(str(failure).split())}
+                continue
             found["two_d"][shape] = fitted.figures
             seconds |= {f"probe_two_d_{shape}_{part}": value for part, value in fitted.seconds.items()}
             for file, table in ((f"two_d-{shape}.png", fitted.table), (f"two_d-{shape}-truth.png", fitted.truth)):

@@ -7,52 +7,56 @@ from typing import Any
 
 from genus import config
 from genus.errors import UserError
-from genus.files import read_json, write_json, write_text
+from genus.files import read_json, sha256, write_json, write_text
+from genus.stages.records import record_of
 
 
 def run(name: str) -> None:
     """Collects the records and probes of collection ``name`` into reports/<report>.json and .html.
 
-    A model that failed is shown with its failure. Raises UserError where there is no record of any model.
+    A model that failed is shown with its failure. Raises UserError where there is no figure of any model.
     """
     params = config.load()
-    section = params.collections[name] if name in params.collections else None
     members = params.collection(name)
-    assert section is not None  # collection() has refused the name
+    section = params.collections[name]
 
     from genus.evaluation import claims
     from genus.evaluation.report import page
     from genus.evaluation.scorecard import scorecard
 
-    records = {member: _record(params, member) for member in members}
+    records = {member: _record(member, params.models[member]) for member in members}
     if all(record.get("failure") for record in records.values()):
-        raise UserError(f"{section.records}: no record of {members[0]}; `genus evaluate {members[0]}` makes it")
-    datasets = {}
-    for dataset in dict.fromkeys(record["dataset"] for record in records.values()):
-        counts = read_json(f"data/processed/{dataset}/dataset.json")["counts"]
-        judged = Path("data/judge") / dataset
-        about = read_json(judged / "judge.json")
-        datasets[dataset] = {
-            "counts": counts,
-            "judge": {key: about[key] for key in ("accuracy", "control", "floor") if key in about},
-            "anchors": about.get("anchors", {}),
-            "controls": read_json(judged / "controls.json") if (judged / "controls.json").exists() else {},
-        }
+        why = "; ".join(f"{member}: {record['failure']}" for member, record in records.items())
+        raise UserError(f"{section.records}: no model of '{name}' has figures: {why}")
+    datasets = {record["dataset"]: _dataset(record["dataset"]) for record in records.values()}
     card = scorecard(section.about, records, datasets, claims.read())
+    collections = dict.fromkeys(params.models[member].collection for member in members)
+    pictures = [Path("reports") / kind / part for kind in ("pictures", "probes") for part in collections]
     write_json(Path("reports") / f"{section.report}.json", card)
-    write_text(Path("reports") / f"{section.report}.html", page(card))
+    write_text(Path("reports") / f"{section.report}.html", page(card, [*pictures, Path("reports/controls")]))
 
 
-def _record(params: config.Params, name: str) -> dict[str, Any]:
-    """What is known of a model: its evaluation and its probe, or that it has none."""
-    model = params.models[name]
-    path = Path("reports/records") / model.collection / f"{name}.json"
+def _dataset(name: str) -> dict[str, Any]:
+    """What is known of a data set itself: sizes, judge, coders and control sets."""
+    judge = read_json(Path("data/judge") / name / "judge.json")
+    return {
+        "counts": read_json(Path("data/processed") / name / "dataset.json")["counts"],
+        "judge": {key: judge[key] for key in ("accuracy", "control", "floor")},
+    } | read_json(Path("reports/controls") / name / "controls.json")
+
+
+def _record(name: str, model: config.Model) -> dict[str, Any]:
+    """What is known of a model: its evaluation and its probe, or why there is none."""
+    path, weights = record_of(name, model), Path("models") / name / "weights.safetensors"
+    record: dict[str, Any] = {"name": name, "family": model.family, "dataset": model.dataset}
+    record |= read_json(path) if path.exists() else {"failure": f"not measured; logs/evaluate@{name}.log may say why"}
+    if not record.get("failure") and not (weights.exists() and sha256(weights) == record["sha256"]):
+        # DVC removes what a stage is to make anew: a training that ended half way leaves the older model's record.
+        record = {key: record[key] for key in ("name", "family", "dataset")}
+        record["failure"] = f"not trained to the end; logs/train@{name}.log may say why"
     probe = Path("reports/probes") / model.collection / name / "probe.json"
     seconds = Path("reports/timing/probe") / f"{name}.json"
-    found = read_json(path) if path.exists() else {"failure": f"not measured: logs/train@{name}.log may say why"}
-    record = {"name": name, "family": model.family, "dataset": model.dataset} | found
     if probe.exists():
         record["probe"] = read_json(probe)
-        if seconds.exists():
-            record["timing"] = record.get("timing", {}) | read_json(seconds)
+        record["timing"] = record.get("timing", {}) | (read_json(seconds) if seconds.exists() else {})
     return record

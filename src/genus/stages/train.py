@@ -11,6 +11,7 @@ import numpy as np
 
 from genus import config
 from genus.files import replacing, write_json
+from genus.stages.records import failure_recorded
 
 CHECKPOINTS = Path(".genus/checkpoints")  # outside DVC's outs, which it deletes before a stage runs again
 GRIDS = 5  # grids of samples during a training, for the slider in MLflow
@@ -28,7 +29,7 @@ def run(name: str) -> None:
     from genus.data.loaders import open_dataset
     from genus.pictures import grid
     from genus.sampling import draw
-    from genus.training import pick_device, set_up, train
+    from genus.training import NonFiniteLoss, pick_device, set_up, train
 
     knobs = chosen.evaluate.knobs
     device = pick_device(params.device)
@@ -73,19 +74,20 @@ def run(name: str) -> None:
         def on_samples(model: Family, step: int) -> None:
             run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
 
-        result = train(
-            model,
-            data.split("train"),
-            data.labels("train"),
-            chosen.train,
-            steps=steps,
-            seed=params.seed,
-            device=device,
-            checkpoint=checkpoint,
-            on_log=on_log,
-            on_samples=on_samples if isinstance(model, Samples) else None,
-            samples_at=frozenset(round(steps * k / GRIDS) for k in range(1, GRIDS)),
-        )
+        with failure_recorded(name, chosen, "train", NonFiniteLoss):
+            result = train(
+                model,
+                data.split("train"),
+                data.labels("train"),
+                chosen.train,
+                steps=steps,
+                seed=params.seed,
+                device=device,
+                checkpoint=checkpoint,
+                on_log=on_log,
+                on_samples=on_samples if isinstance(model, Samples) else None,
+                samples_at=frozenset(round(steps * k / GRIDS) for k in range(1, GRIDS)),
+            )
         result.model.cpu()
         folder = Path("models") / name
         with replacing(folder / "weights.safetensors") as temporary:

@@ -22,6 +22,9 @@ from genus.data.spec import DataSpec
 from genus.nn import logistic
 
 
+WAVES = (math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi)  # radians a unit of x
+
+
 class Layer(nn.Module):
     """One gated layer of both stacks (van den Oord et al. 2016, figure 2), each with a residual connection.
 
@@ -53,22 +56,22 @@ class Head(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, channels: int, values: int, width: int, mixtures: int):
+    def __init__(self, channels: int, values: int, width: int, mixtures: int, inputs: int = 2):
         super().__init__()
         self.values = values
         self.features = nn.Linear(channels, values * width)
-        self.earlier = nn.Parameter(0.3 * torch.randn(values * width, 2 * values))
+        self.earlier = nn.Parameter(0.3 * torch.randn(values * width, inputs * values))
         self.hidden = nn.Parameter(torch.randn(values, width, width) / math.sqrt(width))
         self.hidden_bias = nn.Parameter(torch.zeros(values, width, 1))
         self.out = nn.Parameter(0.1 * torch.randn(values, 3 * mixtures, width) / math.sqrt(width))
         # Starts with components spread over the range and wide enough to overlap.
         start = torch.cat([torch.zeros(mixtures), torch.linspace(-1, 1, mixtures), torch.full((mixtures,), -2.0)])
         self.out_bias = nn.Parameter(start.repeat(values, 1).unsqueeze(-1))
-        mask = torch.ones(values, values).tril(-1).repeat_interleave(width, 0).repeat(1, 2)
+        mask = torch.ones(values, values).tril(-1).repeat_interleave(width, 0).repeat(1, inputs)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
-        """Features [P, channels] and inputs [P, 2D] -> mixture parameters [D, 3 * mixtures, P]."""
+        """Features [P, channels] and inputs [P, inputs * D] -> mixture parameters [D, 3 * mixtures, P]."""
         hidden = self.features(features) + F.linear(x, self.earlier * self.mask)
         hidden = F.relu(hidden).T.unflatten(0, (self.values, -1))  # [D, width, P]
         hidden = F.relu(torch.baddbmm(self.hidden_bias, self.hidden, hidden))
@@ -78,7 +81,8 @@ class Head(nn.Module):
 class PixelCNN(Family):
     """log p(x) = sum over values of log p(value | all earlier ones), exactly.
 
-    Vectors [D, 1, 1] are one position, and the head does all the work: a mixture of logistics a value, given those before.
+    Vectors [D, 1, 1] are one position, and the head is all there is: no stacks, four times as many logistics a value,
+    and the earlier values also as sines and cosines (Tancik et al. 2020, arXiv:2006.10739), as sharp edges want.
     The receptive field of a position: rows up to ``2 + sum of dilations`` above, columns as far to the left. Height and
     width must be multiples of ``block`` (ValueError); ``block`` 1 is the classical model.
     """
@@ -106,6 +110,11 @@ class PixelCNN(Family):
             raise ValueError("continuous data: the mixture of logistics speaks of levels")
         self.block, self.channels = block, channels
         self.values, self.rows, self.columns = colours * block**2, height // block, width // block
+        if spec.flat:
+            self.place_h = nn.Parameter(torch.randn(channels, 1, 1))
+            self.layers = nn.ModuleList()
+            self.head = Head(channels, self.values, 2 * head, 4 * mixtures, 2 + 2 * len(WAVES))
+            return
         self.first_down = nn.Conv2d(2 * self.values, channels, (2, 3))
         self.first_right = nn.Conv2d(2 * self.values, channels, (1, 2))
         # Where on the image a position lies: centred objects make that informative, convolutions cannot tell.
@@ -135,6 +144,8 @@ class PixelCNN(Family):
 
         Folded images [B, D, rows, columns] -> [D, 3 * mixtures, B * rows * columns], as ``logistic`` wants them.
         """
+        if self.spec.flat:
+            return self.head(self.place_h.flatten().expand(len(x), -1), self._inputs(x).flatten(1))
         seen = self._inputs(x).contiguous(memory_format=torch.channels_last)
         padded = F.pad(seen, (2, 1, 2, 0))
         v = self.first_down(padded[:, :, :-1, 1:]) + self.place_v  # a row sees the two above it, not itself
@@ -151,6 +162,11 @@ class PixelCNN(Family):
         Every feature is computed once: the vertical stack a row at a time, the horizontal one a position at a time,
         each from the kept features of earlier rows or positions. ``temperature`` < 1 sharpens every conditional.
         """
+        if self.spec.flat:
+            x = self.place_h.new_zeros(n, *self.spec.shape)
+            for j in range(self.values):
+                x[:, j, 0, 0] = self._draw(self.conditionals(x)[j : j + 1], generator, temperature)
+            return x
         rows, columns, place = self.rows, self.columns, self.place_v
         x = place.new_zeros(n, self.values, rows, columns)
         seen = place.new_zeros(n, 2 * self.values, rows + 2, columns + 3)
@@ -171,15 +187,23 @@ class PixelCNN(Family):
                 features = F.relu(h).flatten(1)
                 for j in range(self.values):
                     parameters = self.head(features, self._inputs(x[:, :, r, c]))[j : j + 1]
-                    x[:, j, r, c] = logistic.sample(
-                        parameters, self.spec.levels, generator=generator, temperature=temperature
-                    )[0]
+                    x[:, j, r, c] = self._draw(parameters, generator, temperature)
                 seen[:, :, r + 2, c + 2] = self._inputs(x[:, :, r, c])
         return F.pixel_shuffle(x, self.block)
 
     def _inputs(self, x: Tensor) -> Tensor:
-        """The values, and whether each is the lowest level (backgrounds often are): [B, D, …] -> [B, 2D, …]."""
-        return torch.cat([x, (x < 1 / (self.spec.levels - 1) - 1).to(x.dtype)], 1)
+        """The values, and whether each is the lowest level (backgrounds often are): [B, D, …] -> [B, 2D, …].
+
+        For vectors sines and cosines as well: [B, (2 + 2 waves) D, …].
+        """
+        inputs = [x, (x < 1 / (self.spec.levels - 1) - 1).to(x.dtype)]
+        for wave in WAVES if self.spec.flat else ():
+            inputs += [torch.sin(wave * x), torch.cos(wave * x)]
+        return torch.cat(inputs, 1)
+
+    def _draw(self, parameters: Tensor, generator: Generator, temperature: float) -> Tensor:
+        """One value of each image from mixture parameters [1, 3 * mixtures, B]: [B]."""
+        return logistic.sample(parameters, self.spec.levels, generator=generator, temperature=temperature)[0]
 
 
 Model = PixelCNN

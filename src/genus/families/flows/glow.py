@@ -29,6 +29,9 @@ from genus.data.spec import DataSpec
 from genus.nn.dequantisation import LOG_2PI, Dequantise, Gaussianise, Logit
 
 
+WAVES = (math.pi / 4, math.pi / 2, math.pi)  # radians a unit of what a dense coupling sees
+
+
 class Glow(Family):
     """``steps`` and ``hidden``: steps of flow and width of the coupling networks, one number a scale.
 
@@ -73,7 +76,7 @@ class Glow(Family):
             channels, height, width = self.fold**2 * channels, height // self.fold, width // self.fold
             self.scales.append(
                 nn.ModuleList(
-                    Step(channels, wide, bound, (height, width), last=len(self.scales) == len(steps) - 1)
+                    Step(channels, wide, bound, (height, width), last=len(self.scales) == len(steps) - 1, dense=spec.flat)
                     for _ in range(count)
                 )
             )
@@ -173,10 +176,14 @@ class Glow(Family):
 class Step(nn.Module):
     """Figure 2a: actnorm, invertible 1x1 convolution, affine coupling."""
 
-    def __init__(self, channels: int, hidden: int, bound: float, size: tuple[int, int], *, last: bool):
+    def __init__(self, channels: int, hidden: int, bound: float, size: tuple[int, int], *, last: bool, dense: bool = False):
         super().__init__()
         self.mixing = Mixing(channels)
-        self.coupling = Coupling(channels, hidden, bound, size, whole=last)
+        self.coupling: Coupling | DenseCoupling
+        if size == (1, 1) and dense:
+            self.coupling = DenseCoupling(channels, hidden, bound)
+        else:
+            self.coupling = Coupling(channels, hidden, bound, size, whole=last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, mixed = self.mixing(x)
@@ -293,6 +300,47 @@ class Coupling(nn.Module):
             if layer.bias is not None:
                 layer.bias.sub_(mean).div_(deviation)
             h = ((h - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)).relu()
+
+
+class DenseCoupling(nn.Module):
+    """Affine coupling of vectors [B, 1, 1, C]: the same, by a dense network.
+
+    It sees its half also as sines and cosines (Tancik et al. 2020, 2006.10739): an affine coupling makes two humps of
+    one only by folding, and needs shifts that turn quickly for it.
+    """
+
+    waves: Tensor
+
+    def __init__(self, channels: int, hidden: int, bound: float):
+        super().__init__()
+        self.bound = bound
+        half = channels // 2
+        kept, changed = channels - half, half
+        self.register_buffer("waves", torch.tensor(WAVES), persistent=False)
+        self.first = nn.Linear((1 + 2 * len(WAVES)) * kept, hidden)
+        self.middle = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, 2 * changed)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, changed = x.chunk(2, -1)
+        log_scale, shift = self.log_scale_and_shift(kept)
+        return torch.cat([kept, torch.addcmul(shift, changed, log_scale.exp())], -1), flat(log_scale)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        kept, changed = y.chunk(2, -1)
+        log_scale, shift = self.log_scale_and_shift(kept)
+        return torch.cat([kept, (changed - shift) * (-log_scale).exp()], -1)
+
+    def log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        phase = (kept.unsqueeze(-1) * self.waves).flatten(-2)
+        h = F.relu(self.first(torch.cat([kept, phase.sin(), phase.cos()], -1)), inplace=True)
+        raw, shift = self.last(F.relu(self.middle(h), inplace=True)).to(kept.dtype).chunk(2, -1)
+        return self.bound * torch.tanh(raw / self.bound), shift
+
+    def initialise(self, x: Tensor) -> None:
+        """Nothing: the layers' own initialisation suits inputs of variance 1."""
 
 
 def squeeze(x: Tensor, f: int = 2) -> Tensor:

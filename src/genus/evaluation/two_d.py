@@ -1,0 +1,204 @@
+"""How well a family learns a density that is known: points in the plane, every cell of which can be asked for.
+
+The figure is KL(truth || model) = Σ p ln(p / q) over all cells of the square, in nats: 0 for the truth itself, and
+ln(cells) - entropy for a model that knows nothing. What a model can say decides how q is found, as everywhere: an exact
+log-probability is summed, a bound is averaged over repeated draws, a denoiser's density is that of its probability-flow
+ODE, and samples alone give a picture and no figure.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genus.config import Train
+from genus.contract import Batch, Denoises, Family, Samples, Scores, Weighs, build, parameter_count
+from genus.data.sources import two_d
+from genus.data.spec import DataSpec
+from genus.evaluation.ode import log_prob as ode_log_prob
+from genus.sampling import draw
+from genus.training import train
+
+LEVELS = 48  # cells a side: a sixth of a unit, 0.8 standard deviations of the finest shape
+POINTS = 1 << 17  # training examples; few are seen twice
+REPEATS = 8  # draws of every cell's bound
+ODE_REPEATS = 2
+WEIGHTS = 8  # codes a draw from which an importance-weighted estimate is made
+TOLERANCE = 1e-3  # of the ODE's solver, relative and absolute
+SAMPLES = 20_000
+COARSE = 16  # cells a side in which shares are compared
+LIGHTEST = 1e-30  # the least probability of a cell, so that a model that rules out what happens still has a figure
+SIZE = 160  # pixels of a picture's side
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model beside the truth. ``table``, ``truth``: probabilities of the cells, float64 [levels, levels]."""
+
+    figures: dict[str, Any]
+    seconds: dict[str, float]
+    table: np.ndarray
+    truth: np.ndarray
+
+
+def settings(model: Family) -> tuple[Train, int]:
+    """How a model of two numbers is trained, by what it is: the trainer's settings and the number of steps.
+
+    Two seconds or so of one thread, whichever it is.
+    """
+    if len(model.groups()) > 1:  # an adversarial game: slow momentum, averaged weights (Yazici et al. 2018, 1806.04498)
+        return Train(steps=1, batch_size=256, learning_rate=1e-3, betas=(0.5, 0.99), ema=0.99, final_lr=0.1), 900
+    if isinstance(model, Denoises):  # a regression on noise: large batches and averaged weights
+        return Train(steps=1, batch_size=1024, learning_rate=4e-3, betas=(0.9, 0.99), ema=0.99), 500
+    return Train(steps=1, batch_size=512, learning_rate=4e-3, betas=(0.9, 0.99), warmup=0.05, clip=100.0), 500
+
+
+def fit(
+    family: str,
+    params: dict[str, Any],
+    shape: str,
+    *,
+    seed: int,
+    device: torch.device,
+    steps: int | None = None,
+    levels: int = LEVELS,
+) -> Fit:
+    """Trains a family on draws of a known density and compares what it has learned, cell by cell.
+
+    ``figures`` are the same for the same seed and machine: "kl" {"value", "low", "high", "n", "kind"} in nats or None,
+    "kind" of density, "mass" on the square of all cells (exact: 1; a bound's, less), "entropy" of the truth in nats,
+    "uniform", the KL of knowing nothing, "steps", "parameters" and "variation", the total
+    variation between table and truth in 16 × 16 cells, where samples can be compared too. ``seconds``: "train" and "density".
+
+    Raises UserError for an unknown shape, family or parameter, NonFiniteLoss where training ends in no number.
+    """
+    truth = two_d.truth(shape, levels)
+    spec = DataSpec((2, 1, 1), levels=levels)
+    torch.manual_seed(seed)
+    model = build(family, spec, params)
+    config, planned = settings(model)
+    parameters = parameter_count(model)
+    steps = planned if steps is None else steps
+    points = two_d.draw(shape, POINTS, levels, seed)
+    started = time.monotonic()
+    labels = np.zeros(len(points), np.int64)
+    model = train(model, points, labels, config, steps=steps, seed=seed, device=device).model
+    trained = time.monotonic()
+    figures, table = measure(model, truth, seed=seed, device=device)
+    figures |= {"steps": steps, "parameters": parameters}
+    seconds = {"train": trained - started, "density": time.monotonic() - trained}
+    return Fit(figures, seconds, table, truth)
+
+
+def measure(model: Family, truth: np.ndarray, *, seed: int, device: torch.device) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures of a model beside a truth [L, L], and its table of probabilities [L, L], both float64.
+
+    Raises TypeError for a model that can neither score, denoise nor sample.
+    """
+    levels = len(truth)
+    grid = model.spec.to_float(cells(levels).to(device))
+    generator = torch.Generator(device).manual_seed(seed)
+    figures: dict[str, Any] = {"kl": None, "kind": "none", "mass": None, "entropy": entropy(truth)}
+    figures["uniform"] = 2 * math.log(levels) - figures["entropy"]
+    if isinstance(model, Scores):
+        exact = model.density == "exact"
+        with torch.inference_mode():
+            bounds = [_scored(model, grid, generator) for _ in range(1 if exact else REPEATS)]
+            weighed = [_weighed(model, grid, generator) for _ in range(REPEATS)] if isinstance(model, Weighs) else bounds
+        kind = model.density
+    elif isinstance(model, Denoises):
+        found = [
+            ode_log_prob(model, grid, generator=generator, trace="exact", rtol=TOLERANCE, atol=TOLERANCE)
+            for _ in range(ODE_REPEATS)
+        ]
+        bounds = weighed = [each.nats for each in found]
+        kind = found[0].kind
+        figures |= {"nfe": found[0].nfe, "tolerance": TOLERANCE}
+    elif isinstance(model, Samples):
+        shares = count(draw(model, SAMPLES, seed=seed, device=device, batch_size=SAMPLES, quiet=True), levels)
+        return figures | {"variation": variation(truth, shares)}, smoothed(shares)
+    else:
+        raise TypeError(f"{type(model).__module__} neither scores, denoises nor samples: nothing to compare")
+
+    tables = np.stack([each.double().cpu().numpy().reshape(levels, levels) for each in bounds])
+    # Draws averaged as probabilities: unbiased for the cell's own, where each draw's logarithm is below it.
+    table = np.mean([np.exp(each.double().cpu().numpy()) for each in weighed], 0).reshape(levels, levels)
+    figures |= {"kind": kind, "mass": float(table.sum()), "kl": divergence(truth, tables) | {"kind": kind}}
+    return figures | {"variation": variation(truth, table)}, table
+
+
+def cells(levels: int) -> Tensor:
+    """Every cell as a stored example: int64 [levels², 2, 1, 1], in the order of a table [x, y] laid flat."""
+    return torch.cartesian_prod(torch.arange(levels), torch.arange(levels))[:, :, None, None]
+
+
+def entropy(truth: np.ndarray) -> float:
+    """In nats."""
+    p = truth[truth > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def divergence(truth: np.ndarray, log_q: np.ndarray) -> dict[str, Any]:
+    """KL(truth || q) in nats, for repeated draws of a table of ln q, [R, L, L]: {"value", "low", "high", "n"}.
+
+    95% interval of the draws: each cell's own spread over the R, which are independent from cell to cell, weighted as
+    the cell is. A single draw counts as exact. A cell of q is taken to hold 1e-30 at least.
+    """
+    some = truth > 0
+    p, drawn = truth[some], np.maximum(log_q[:, some], math.log(LIGHTEST))
+    value, n = float((p * (np.log(p) - drawn.mean(0))).sum()), len(log_q)
+    error = math.sqrt(float((p**2 * drawn.var(0, ddof=1)).sum() / n)) if n > 1 else 0.0
+    return {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "n": n}
+
+
+def variation(truth: np.ndarray, table: np.ndarray) -> float:
+    """Total variation: half of the summed differences of the shares in 16 × 16 cells (in all, where there are fewer)."""
+    return 0.5 * float(np.abs(coarse(table) - coarse(truth)).sum())
+
+
+def count(stored: np.ndarray, levels: int) -> np.ndarray:
+    """Shares of stored examples [N, 2, 1, 1] in the cells: float64 [levels, levels]."""
+    x, y = stored[:, :, 0, 0].astype(np.int64).T
+    return np.bincount(levels * x + y, minlength=levels**2).reshape(levels, levels) / len(stored)
+
+
+def coarse(table: np.ndarray) -> np.ndarray:
+    """Summed into 16 × 16 cells, or as they are where they can't be."""
+    side = len(table) // COARSE
+    return table.reshape(COARSE, side, COARSE, side).sum((1, 3)) if side and len(table) % COARSE == 0 else table
+
+
+def smoothed(shares: np.ndarray) -> np.ndarray:
+    """A histogram blurred by one cell: what samples alone give to look at. It loses what falls off the square."""
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(shares, 1.0, mode="constant")
+
+
+def picture(table: np.ndarray, scale: float | None = None) -> np.ndarray:
+    """A table [x, y] as uint8 [H, W, 3]: x to the right, y upwards, in the colours of viridis.
+
+    The scale goes from 0 to ``scale``; default the 99.5th percentile of the table.
+    """
+    from matplotlib import colormaps
+
+    top = float(np.quantile(table, 0.995)) if scale is None else scale
+    shown = np.clip(table.T[::-1] / max(top, LIGHTEST), 0, 1)
+    zoom = max(1, SIZE // len(table))
+    colours = (colormaps["viridis"](shown)[..., :3] * 255).round().astype(np.uint8)
+    return colours.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def _scored(model: Any, grid: Tensor, generator: torch.Generator) -> Tensor:
+    return model.log_prob(Batch(grid), generator=generator)
+
+
+def _weighed(model: Any, grid: Tensor, generator: torch.Generator) -> Tensor:
+    weights = model.log_weights(Batch(grid), WEIGHTS, generator=generator)
+    return weights.double().logsumexp(0) - math.log(WEIGHTS)
