@@ -153,6 +153,41 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def advice(report: str) -> list[str]:
+    """``best density: pixelcnn, 3.11 bits/dim (exact); then glow, …`` for each need that a scorecard answers."""
+    card = _read(f"reports/{report}.json")
+    return [
+        f"{found['need']}: {found['model']}, {found['figure']}"
+        + (f"; then {found['runner_up']}, {found['runner_up_figure']}" if found["runner_up"] else "")
+        for found in card.get("advice", [])
+        if found["model"]
+    ]
+
+
+def markdown(report: str) -> str:
+    """A scorecard as Prefect shows it: what to use, the headline figures, and the verdicts on the claims."""
+    card = _read(f"reports/{report}.json")
+    lines = [f"# {card['about']}", "", f"The whole report: `reports/{report}.html` (`genus report` opens it)", ""]
+    lines += [*(f"- {line}" for line in advice(report)), "", "## Figures", ""]
+    models = list(card["models"])
+    lines += [_line("", *models), _line(*["---"] * (len(models) + 1))]
+    for row in card["properties"]:
+        cells = [row["cells"].get(model) for model in models]
+        lines.append(_line(f"{row['title']} {row['unit']}", *(_cell(cell) for cell in cells)))
+    lines += ["", "## What textbooks say", "", _line("claim", "verdict", "because"), _line("---", "---", "---")]
+    lines += [_line(f"{v['id']}. {v['claim']}", v["verdict"], v["because"]) for v in card["verdicts"]]
+    failed = [f"- {name}: {record['failure']}" for name, record in card["models"].items() if record.get("failure")]
+    return "\n".join([*lines, *(["", "## Failed", "", *failed] if failed else [])])
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    return "none" if cell is None else " ".join(filter(None, (f"{cell['value']:.4g}", cell.get("kind"))))
+
+
 def seconds_by_stage(ran: Collection[Ran]) -> str:
     """``train@… 93 s, judge@… 88 s``, longest first, of the stages that really ran."""
     longest = sorted((r for r in ran if r.ran), key=lambda r: -r.seconds)

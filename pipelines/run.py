@@ -111,6 +111,9 @@ def _finish(
             trouble = error
         console.print(outcome.results(models, versions))
     console.print(str(outcome.reproduced(set(todo.stages).intersection(current))), markup=False, soft_wrap=True)
+    for name in todo.collections:
+        for line in outcome.advice(params.collections[name].report):
+            console.print(line, markup=False, soft_wrap=True)
     reports = [f"reports/{params.collections[name].report}.html" for name in todo.collections]
     outcome.where_to_look(console, models, [report for report in reports if Path(report).exists()])
     if trouble:

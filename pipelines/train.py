@@ -15,10 +15,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging.configuration import setup_logging
@@ -28,7 +30,7 @@ from rich.console import Console
 
 from genus.config import Params, fixed_threads
 from genus.files import write_json
-from pipelines import run, server
+from pipelines import outcome, run, server
 from pipelines.children import LOGS, STATE, Children, Ran, StageFailed
 from pipelines.plan import TRAINS_OR_SAMPLES, Plan, kind
 from pipelines.screen import Screen
@@ -99,6 +101,7 @@ def walk(
     def stages(waiting: list[str], forced: list[str]) -> None:
         with _ending(children):  # inside the flow, for Prefect sets a handler of its own when a flow begins
             in_order(waiting, forced)
+            _show_scorecards(params, walked)
         if walked.failed:
             raise RunFailed(", ".join(failure.stage for failure in walked.failed))
 
@@ -144,6 +147,16 @@ def walk(
         stages(list(waiting), sorted(forced))
     write_json(SECONDS, seconds | {done.stage: done.seconds for done in walked.ran if done.ran})
     return walked
+
+
+def _show_scorecards(params: Params, walked: Walked) -> None:
+    """The scorecards that this run has made, as artifacts of the flow run on Prefect's pages."""
+    for done in walked.ran:
+        if kind(done.stage) == "scorecard":
+            report = params.collections[done.stage.partition("@")[2]].report
+            create_markdown_artifact(outcome.markdown(report), key=report, description=f"reports/{report}.html")
+            page = Path(f"reports/{report}.html").absolute().as_uri()
+            create_link_artifact(page, link_text=f"reports/{report}.html", key=f"{report}-page")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ LAYERS = {
     "training": {"contract", "data.spec"},
     "sampling": {"contract", "training"},
     "pictures": set(),
-    "evaluation": {"contract", "data", "sampling", "training"},
+    "evaluation": {"contract", "data", "pictures", "sampling", "training"},
     "tracking": set(),
     "registry": {"contract", "data", "tracking", "families"},
 }

@@ -141,6 +141,23 @@ def register(collection: Annotated[str, typer.Argument()] = "tour") -> None:
 
 
 @app.command()
+def report(collection: Annotated[str, typer.Argument()] = "tour") -> None:
+    """Open the page that compares the models of a collection."""
+    from genus import config
+
+    params = config.load()
+    params.collection(collection)
+    page = Path("reports") / f"{params.collections[collection].report}.html"
+    if not page.exists():
+        raise UserError(f"{page}: no such file; `genus run --collection {collection}` makes it")
+    import webbrowser
+
+    print(page)
+    if not webbrowser.open(page.absolute().as_uri()):
+        print("no browser was found: open the file by hand", file=sys.stderr)
+
+
+@app.command()
 def reproduced() -> None:
     """Compare every artifact's hash with the committed dvc.lock; exit status 1 where one differs."""
     compared = _pipelines("outcome").reproduced()
@@ -246,6 +263,8 @@ def main() -> None:
         _say(f"error: {error.format_message().rstrip('.')}; see `genus --help`", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped", 130)
+    except FloatingPointError as error:
+        _say(f"not a finite number: {error}", 1)
     except RuntimeError as error:
         training = sys.modules.get("genus.training")  # importing torch just to ask would take seconds
         if training is None or not isinstance(error, training.NonFiniteLoss):

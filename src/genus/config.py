@@ -71,13 +71,13 @@ class Evaluate(Section):
     """What the evaluator may spend on a model."""
 
     samples: int = Field(10_000, ge=2)  # drawn for the sample metrics; a slow sampler takes fewer
-    likelihoods: int = Field(10_000, ge=2)  # test examples scored
+    likelihoods: int = Field(10_000, ge=2)  # test examples scored; of this and the next the default is at most so many
     batch_size: int = Field(100, gt=0)
     knobs: dict[str, Scalar] = {}  # keyword arguments of the family's sample()
     curve: dict[str, list[Scalar]] = {}  # a knob and the values at which quality and time are measured as well
     weighed: int = Field(500, ge=2)  # test examples whose importance-weighted bound is taken,
     weights: int = Field(64, ge=2)  # from so many draws of the code each
-    flowed: int = Field(64, ge=2)  # test examples whose likelihood is taken along the probability flow
+    flowed: int = Field(128, ge=2)  # test examples whose likelihood is taken along the probability flow
 
 
 class Probe(Section):

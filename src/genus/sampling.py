@@ -27,6 +27,7 @@ def draw(
     """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed and batch size, same bytes.
 
     ``knobs`` are keyword arguments of the family's ``sample``; ``quiet`` reports no progress.
+    Raises FloatingPointError, naming the sample, where one is not finite: as levels it would look like any other.
     """
     if not isinstance(model, Samples):
         raise TypeError(f"{type(model).__module__} cannot sample")
@@ -35,6 +36,9 @@ def draw(
     for start in range(0, n, batch_size):
         with autocast(device):
             x = model.sample(min(batch_size, n - start), generator=generator, **(knobs or {}))
+        if not x.isfinite().all():
+            bad = start + int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
+            raise FloatingPointError(f"sample {bad} of {n} is not finite")
         parts.append(model.spec.to_stored(x.float()).cpu().numpy())
         if not quiet:
             progress.report(min(start + batch_size, n), n, unit="sample")

@@ -52,7 +52,12 @@ elif stage == "evaluate":
 elif stage == "scorecard":
     of = params["collections"][name]
     text = "".join(path.read_text() for path in sorted(pathlib.Path(of["records"]).rglob("*.json")))
-    write(f"reports/{of['report']}.json", text)
+    card = {"about": f"toy {text}", "models": {"digits-vae": {}}}
+    card["advice"] = [{"need": "best density", "model": "digits-vae", "figure": "3.1 bits/dim", "runner_up": None}]
+    cells = {"digits-vae": {"value": 3.14159, "kind": "elbo"}}
+    card["properties"] = [{"title": "bits/dim", "unit": "", "cells": cells}]
+    card["verdicts"] = [{"id": 7, "claim": "a | b", "verdict": "supported", "because": "c"}]
+    write(f"reports/{of['report']}.json", json.dumps(card))
     write(f"reports/{of['report']}.html", text)
 elif stage == "register":
     write(f"reports/registered/{name}.json", "{}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 from rich.console import Console
 
 import pipelines.run
@@ -26,6 +28,12 @@ def go(*arguments: object, **options: object) -> tuple[int, str]:
     return status, console.export_text()
 
 
+def artifacts() -> list[Any]:
+    """The newest of each key on Prefect's pages."""
+    with get_client(sync_client=True) as client:
+        return client.read_latest_artifacts()
+
+
 def test_whole_collection_then_nothing_then_one_model(toy: Path) -> None:
     status, said = go("smoke")
     print(said)
@@ -39,6 +47,11 @@ def test_whole_collection_then_nothing_then_one_model(toy: Path) -> None:
     assert order[:2] == ["ingest@digits", "validate@digits"] and order[-2:] == ["scorecard@smoke", "register@smoke"]
     assert "3.142 dequantised" in said and "52.4  0.120   0.50  10,000" in said and "1 champion" in said
     assert "nothing to compare with" in said and "orchestration:" in said
+    assert "best density: digits-vae, 3.1 bits/dim\n" in said
+    shown = {artifact.key: str(artifact.data) for artifact in artifacts()}
+    assert "| bits/dim  | 3.142 elbo |" in shown["scorecard-smoke"]
+    assert r"| 7. a \| b | supported | c |" in shown["scorecard-smoke"]
+    assert f"file://{toy}/reports/scorecard-smoke.html" in shown["scorecard-smoke-page"]
     # DVC alone agrees that everything is done: the flow leaves what `dvc repro` leaves.
     alone = subprocess.run(["dvc", "repro", "register@smoke"], cwd=toy, capture_output=True, text=True, check=True)
     assert "up to date" in alone.stdout and ran(toy) == order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from genus.config import Section
 from genus.data.options import checked
 from genus.errors import UserError, nearest
+from genus.evaluation.properties import ROWS
 
 Figure = Mapping[str, Any]
 Cells = Mapping[str, Mapping[str, Figure | None]]  # measure: {model: its figure, or None}
@@ -22,14 +24,15 @@ COMPARISONS = ("at_most", "at_least", "less_than", "more_than", "is_in", "presen
 class Condition(Section):
     """One comparison of one measure; exactly one of the keys after ``measure`` is given.
 
-    Numbers are compared with the measure's 95% interval: decided only where all of it lies on one side.
+    Numbers are compared with the measure's 95% interval: decided only where all of it lies on one side. Rivals are the
+    models of all other families, or of those that are named: every one must be beaten for sure.
     """
 
     measure: str  # key of a row of properties.py
     at_most: float | None = None
     at_least: float | None = None
-    less_than: Literal["others"] | None = None  # the models of all other families
-    more_than: Literal["others"] | None = None
+    less_than: Literal["others"] | list[str] | None = None  # all other families, or folders and families by name
+    more_than: Literal["others"] | list[str] | None = None
     is_in: list[str] | None = None  # kinds
     present: bool | None = None  # whether the model has the measure at all
 
@@ -47,9 +50,15 @@ class Claim(Section):
     claim: str
     property: Literal["stability", "capacity", "density", "constraints", "speed"]
     families: list[str]  # folders of genus/families, or single families
-    all: list[Condition] = []
+    all: list[Condition] = Field(default_factory=list)
     waits_for: str = ""  # the model or data without which it cannot be measured yet
     source: str = ""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Claim:
+        if not self.all and not self.waits_for:
+            raise ValueError("needs conditions under all, or says under waits_for what it waits for")
+        return self
 
 
 class Ledger(Section):
@@ -60,7 +69,7 @@ class Ledger(Section):
 
 
 def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
-    """Reads and checks the claims. Raises UserError naming the file and the key."""
+    """Reads and checks the claims. Raises UserError naming the file and the key of the first thing that is wrong."""
     from ruamel.yaml import YAML, YAMLError
 
     path = Path(path)
@@ -69,7 +78,8 @@ def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; it holds the claims that the report judges") from error
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML") from error
+        where = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: right would be a mapping with source and claims")
     ledger = checked(Ledger, raw, str(path))
@@ -77,21 +87,29 @@ def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
     twice = {number for number in ids if ids.count(number) > 1}
     if twice:
         raise UserError(f"{path}: two claims have the id {min(twice)}")
+    known = [row.key for row in ROWS]
+    for claim in ledger.claims:
+        for place, condition in enumerate(claim.all):
+            if condition.measure not in known:
+                hint = nearest(condition.measure, known)
+                raise UserError(f"{path}: claim {claim.id}: all.{place}.measure: {condition.measure}: {hint}")
     return [claim.model_copy(update={"source": claim.source or ledger.source}) for claim in ledger.claims]
 
 
-def judge(claims: Iterable[Claim], families: Mapping[str, str], cells: Cells) -> list[dict[str, Any]]:
+def judge(
+    claims: Iterable[Claim], families: Mapping[str, str], cells: Cells, failed: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """A verdict for each claim, from the figures in ``cells`` of the models in ``families`` (model: family).
 
-    Supported where every condition is, contradicted where one is, else undecided; waiting where there is no model or
-    no figure to judge by. Raises UserError for a measure that does not exist.
+    Contradicted where one condition is, for one of the claim's models; else waiting where there is no model or no
+    figure to judge by; else undecided where one condition is; else supported. ``failed``: models (and their families)
+    that came to nothing, which a claim may wait for.
     """
-    return [_judged(claim, families, cells) for claim in claims]
+    return [_judged(claim, families, cells, failed or {}) for claim in claims]
 
 
-def _judged(claim: Claim, families: Mapping[str, str], cells: Cells) -> dict[str, Any]:
+def _judged(claim: Claim, families: Mapping[str, str], cells: Cells, failed: Mapping[str, str]) -> dict[str, Any]:
     members = [model for model, family in families.items() if _within(family, claim.families)]
-    others = [model for model in families if model not in members]
     described = {
         "id": claim.id,
         "claim": claim.claim,
@@ -101,20 +119,31 @@ def _judged(claim: Claim, families: Mapping[str, str], cells: Cells) -> dict[str
         "measures": [condition.measure for condition in claim.all],
         "source": claim.source,
     }
-    for condition in claim.all:
-        if condition.measure not in cells:
-            raise UserError(f"claims.yaml: claim {claim.id}: unknown measure: {nearest(condition.measure, cells)}")
     if claim.waits_for:
         return described | {"verdict": WAITING, "because": f"waits for {claim.waits_for}"}
     if not members:
-        return described | {"verdict": WAITING, "because": f"waits for a model of {' or '.join(claim.families)}"}
-    found = [_compare(condition, model, others, cells) for condition in claim.all for model in members]
+        lost = [model for model, family in failed.items() if _within(family, claim.families)]
+        missing = f"{' and '.join(lost)}, which failed" if lost else f"a model of {' or '.join(claim.families)}"
+        return described | {"verdict": WAITING, "because": f"waits for {missing}"}
+    found = [
+        _compare(condition, model, _rivals(condition, members, families), cells)
+        for condition in claim.all
+        for model in members
+    ]
     verdicts = [verdict for verdict, _ in found]
     for verdict in (CONTRADICTED, WAITING, UNDECIDED):
         if verdict in verdicts:
             decisive = [reason for given, reason in found if given == verdict]
-            return described | {"verdict": verdict, "because": "; ".join(decisive)}
-    return described | {"verdict": SUPPORTED, "because": "; ".join(reason for _, reason in found)}
+            return described | {"verdict": verdict, "because": "; ".join(dict.fromkeys(decisive))}
+    return described | {"verdict": SUPPORTED, "because": "; ".join(dict.fromkeys(reason for _, reason in found))}
+
+
+def _rivals(condition: Condition, members: list[str], families: Mapping[str, str]) -> list[str]:
+    """The models that a condition compares with."""
+    named = condition.less_than or condition.more_than
+    if not isinstance(named, list):
+        return [model for model in families if model not in members]
+    return [model for model, family in families.items() if _within(family, named) and model not in members]
 
 
 def _within(family: str, named: Iterable[str]) -> bool:
@@ -142,7 +171,7 @@ def _compare(condition: Condition, model: str, others: list[str], cells: Cells) 
         return _decide(low >= bound, high < bound), f"{told}, asked at least {bound:g}"
     known = [(m, f) for m in others if (f := figures.get(m)) is not None and f.get("value") is not None]
     if not known:
-        return WAITING, f"no other family has {name}"
+        return WAITING, f"no figure of {name} to compare with"
     sign = 1 if condition.less_than else -1  # more_than is less_than of the negated figures
     mine = sorted((sign * low, sign * high))
     rival, figure = min(known, key=lambda pair: sign * pair[1]["value"])
@@ -157,15 +186,25 @@ def _decide(holds: bool, fails: bool) -> str:
 
 
 def interval(figure: Figure) -> tuple[float, float]:
-    """The ends of a figure's interval; a figure without one is exact."""
+    """The ends of a figure's interval.
+
+    A figure that has neither ``low`` nor ``high`` is exact: a count, a size. One that says ``open``, or has an end that
+    is None, is known on that side no further: a noisy figure from a single run decides nothing.
+    """
     low, high = figure.get("low"), figure.get("high")
-    if low is None and high is None and not figure.get("open"):
+    if not figure.get("open") and "low" not in figure and "high" not in figure:
         return figure["value"], figure["value"]
-    return (-float("inf") if low is None else low), (float("inf") if high is None else high)
+    return (-math.inf if low is None else low), (math.inf if high is None else high)
 
 
 def describe(figure: Figure) -> str:
-    """``0.33 (0.31 to 0.36)``."""
-    low, high = figure.get("low"), figure.get("high")
+    """``0.33 (0.31 to 0.36)``; an end that is not known says so."""
+    low, high = interval(figure)
     value = f"{figure['value']:.3g}"
-    return value if low is None or high is None else f"{value} ({low:.3g} to {high:.3g})"
+    if low == high:
+        return value
+    if math.isinf(low) and math.isinf(high):
+        return f"{value} (interval unknown)"
+    if math.isinf(low) or math.isinf(high):
+        return f"{value} (at most {high:.3g})" if math.isinf(low) else f"{value} (at least {low:.3g})"
+    return f"{value} ({low:.3g} to {high:.3g})"

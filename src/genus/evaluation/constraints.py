@@ -95,7 +95,8 @@ def jacobian(family: str, params: dict[str, Any], *, seed: int) -> dict[str, Any
     """Whether the density is a base density times a Jacobian determinant, checked against autograd in float64.
 
     ``value`` is the largest error, relative where it is of more than one nat, of log_prob against
-    log N(encode(x)) + log |det d encode / dx|, for continuous data of two dimensions; None for a family that has no code of the data's size, or no such density.
+    log N(encode(x)) + log |det d encode / dx|, for continuous data of two dimensions. None for a family that has no
+    code of the data's size, or no such density.
     """
     spec = DataSpec((2, 1, 1), levels=0)
     try:
@@ -109,10 +110,10 @@ def jacobian_of(model: Family, *, seed: int) -> dict[str, Any] | None:
     """``jacobian`` of a model of two continuous numbers [2, 1, 1], whose parameters it moves."""
     if not (isinstance(model, Scores) and isinstance(model, Encodes) and isinstance(model, Decodes)):
         return None
-    dims = model.spec.dims  # type: ignore[attr-defined]
+    dims = model.spec.dims
     if model.latent != dims:
         return None
-    model = model.double().eval()  # type: ignore[attr-defined]
+    model = model.double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the identity that it starts as
@@ -144,36 +145,27 @@ def trained_share(
 
     Each tensor of a small model is poisoned with NaN, one at a time: it is used where one sample then changes, is not
     finite or fails. Counts are of the real model, whose tensors have the same names. Below 1, something is trained
-    only to be thrown away: a critic, an encoder. ``unused`` names the modules.
+    only to be thrown away: a critic, an encoder.
     """
     real = {name: tensor.numel() for name, tensor in _built(family, params, spec, seed, start=False).named_parameters()}
     model = _small(family, params, seed=seed, spec=spec, names=set(real))
     if not isinstance(model, Samples):
         return None
-    used = _used(model, seed, knobs or {})
-    counts = Counter({name: real.get(name, 0) for name in used if used[name]})
-    total = sum(real[name] for name in real if name in used)
+    used = used_by_sampling(model, seed=seed, knobs=knobs)
     idle = [name for name in used if not used[name]]
     return {
-        "value": sum(counts.values()) / total,
+        "value": sum(real[name] for name in used if used[name]) / sum(real.values()),
         "n": len(used),
         "text": "all" if not idle else "not " + ", ".join(dict.fromkeys(name.split(".")[0] for name in idle)),
     }
 
 
-def trained_share_of(model: Family, *, seed: int, knobs: Mapping[str, Any] | None = None) -> float:
-    """The share of a model's own parameters that sampling uses; the model stays as it is."""
-    used = _used(copy.deepcopy(model), seed, knobs or {})
-    counts = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    return sum(counts[name] for name in used if used[name]) / sum(counts.values())
-
-
-def _used(model: Any, seed: int, knobs: Mapping[str, Any]) -> dict[str, bool]:
-    """For each parameter by name whether a sample depends on it."""
+def used_by_sampling(model: Any, *, seed: int, knobs: Mapping[str, Any] | None = None) -> dict[str, bool]:
+    """For each parameter by name whether a sample depends on it; the parameters are as before afterwards."""
     model = model.eval()
 
     def sample() -> Tensor:
-        return model.sample(1, generator=torch.Generator().manual_seed(seed), **knobs)
+        return model.sample(1, generator=torch.Generator().manual_seed(seed), **(knobs or {}))
 
     found = {}
     with torch.no_grad():
@@ -289,9 +281,10 @@ def _places(model: Family, seed: int) -> list[tuple[str, int | None]]:
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         result, beside = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(result, Tensor) and result.ndim > 1:
-            if inputs[0].shape == result.shape:
-                found.setdefault(type(module), (names[module], None if beside is None else beside.ndim))
+        if not (inputs and isinstance(inputs[0], Tensor) and isinstance(result, Tensor)):
+            return
+        if result.ndim > 1 and inputs[0].shape == result.shape:
+            found.setdefault(type(module), (names[module], None if beside is None else beside.ndim))
 
     handles = [module.register_forward_hook(hook) for module in names]
     for _ in model.updates(_batch(model.spec, seed), generator=torch.Generator().manual_seed(seed)):

@@ -32,6 +32,7 @@ Timing = dict[str, Any]  # figures of time: they differ from run to run and stan
 SAMPLING_SECONDS = 60.0  # what drawing the samples may take; more is said, not hidden
 REPEATS, PATIENCE = 7, 4.0  # timed drawings of a batch, and seconds after which no further one is begun
 INVERTED = 200  # test examples that are encoded and decoded again
+TABLED = 500  # training examples from which a score model's level table is made
 LEARNT = 600  # steps of the classifier that learns from generated examples
 
 
@@ -70,6 +71,16 @@ class Task:
         knobs = self.effort.knobs | dict(knobs or {})
         return draw(self.model, n, seed=seed, device=self.device, batch_size=batch_size, knobs=knobs, quiet=quiet)
 
+    def count(self, key: str) -> int:
+        """Test examples that ``evaluate.<key>`` asks for; the default is as many as there are.
+
+        Raises UserError where more are asked for than there are.
+        """
+        wanted, there = getattr(self.effort, key), len(self.data.split("test"))
+        if wanted > there and key in self.effort.model_fields_set:
+            raise UserError(f"evaluate.{key}: {wanted:,} is more than the {there:,} examples of the test split")
+        return min(wanted, there)
+
     def test(self, n: int) -> torch.Tensor:
         """The first ``n`` test examples in the units of DataSpec, on the device."""
         return self.data.spec.to_float(torch.from_numpy(np.array(self.data.split("test")[:n])).to(self.device))
@@ -107,7 +118,7 @@ def evaluate(task: Task) -> tuple[Figures, Timing]:
 def likelihood(task: Task) -> tuple[Figures, Timing]:
     """Bits/dim of the test split: -log_prob / (D ln 2), the mean with its 95% interval over examples."""
     model, spec = task.model, task.data.spec
-    images = task.data.split("test")[: task.effort.likelihoods]
+    images = task.data.split("test")[: task.count("likelihoods")]
     generator = task.generator(11)
     started, parts = time.monotonic(), []
     for start in range(0, len(images), task.effort.batch_size):
@@ -137,7 +148,7 @@ def tighter_bound(task: Task) -> tuple[Figures, Timing]:
     that it can only tighten as k grows, here and not just in expectation.
     """
     dims, k = task.data.spec.dims, task.effort.weights
-    images = task.test(task.effort.weighed)
+    images = task.test(task.count("weighed"))
     generator = task.generator(13)
     started, parts = time.monotonic(), []
     for x in images.split(min(task.effort.batch_size, 50)):
@@ -158,14 +169,22 @@ def tighter_bound(task: Task) -> tuple[Figures, Timing]:
 
 
 def probability_flow(task: Task) -> tuple[Figures, Timing]:
-    """Bits/dim by the ordinary differential equation that a score model also solves, on a stated subset."""
-    images = task.test(task.effort.flowed)
+    """Bits/dim by the ordinary differential equation that a score model also solves, on a stated subset.
+
+    ``uniform`` is the same with uniform dequantisation, the older convention.
+    """
+    dims, images = task.data.spec.dims, task.test(task.count("flowed"))
+    known = np.array(task.data.split("train")[:TABLED])
+    known_x = task.data.spec.to_float(torch.from_numpy(known).to(task.device))
+    table = ode.level_table(task.model, known_x, generator=task.generator(18))
     started = time.monotonic()
-    found = ode.log_prob(task.model, images, generator=task.generator(14))
+    found = ode.log_prob(task.model, images, generator=task.generator(14), table=table, probes=2)
     seconds = time.monotonic() - started
-    dims = task.data.spec.dims
-    figure = _bits(found.nats, dims) | {"kind": "ode", "nfe": found.nfe, "rtol": found.rtol, "atol": found.atol}
-    figure |= {"spread": found.spread / (dims * math.log(2))}  # of an example, between probes of the trace
+    figure = _bits(found.nats, dims) | {"kind": found.kind, "nfe": found.nfe, "probes": found.probes}
+    figure |= {"rtol": found.rtol, "atol": found.atol, "sigma": found.start}
+    figure |= {"spread": float(found.spread.mean()) / (dims * math.log(2))}  # an example's error by the trace's probes
+    uniform = ode.log_prob(task.model, images, generator=task.generator(14))
+    figure |= {"uniform": _bits(uniform.nats, dims)}
     return {"ode_bits_per_dim": figure}, {"ode_ms": 1e3 * seconds / len(images)}
 
 

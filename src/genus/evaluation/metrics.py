@@ -162,8 +162,8 @@ def copying(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Cop
     chance = len(train) / (len(train) + len(held_out))
     hits = nearest(samples, train)[0][:, 0] <= nearest(samples, held_out)[0][:, 0]
     n, count = len(hits), int(hits.sum())
-    ends = [(end - chance) / (1 - chance) for end in (count / n, *wilson(count, n))]
-    return Copying(*ends, p_value=float(stats.binom.sf(count - 1, n, chance)), n=n)
+    share, low, high = ((end - chance) / (1 - chance) for end in (count / n, *wilson(count, n)))
+    return Copying(share, low, high, float(stats.binom.sf(count - 1, n, chance)), n)
 
 
 def two_sample(real: np.ndarray, fake: np.ndarray, *, seed: int) -> tuple[float, float, float, int]:

@@ -29,7 +29,6 @@ from genus import progress
 from genus.config import Model, Probe
 from genus.contract import Batch, Family, Initialises, Samples, Scores, build, family_class, parameter_count
 from genus.data.loaders import Dataset
-from genus.data.spec import DataSpec
 from genus.errors import UserError
 from genus.evaluation import metrics
 from genus.evaluation.judge import Judge

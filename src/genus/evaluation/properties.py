@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
 Figure = Mapping[str, Any]
+STABLE = "stability.spread"
 NOISE = 0.1  # seconds on a machine that does other things too are known to about a tenth
 
 
@@ -25,11 +27,13 @@ def _metric(name: str, part: str = "value") -> Callable[[Record], Figure | None]
         figure = record.get("metrics", {}).get(name)
         if figure is None or part == "value":
             return figure
-        if isinstance(figure.get(part), dict):
-            return figure[part]
+        if figure.get(part) is None or isinstance(figure[part], dict):
+            return figure.get(part)
+        # A share of something that is the same for all, as of the control's: the interval scales with the value.
         scale = figure[part] / figure["value"] if figure["value"] else 0.0
         ends = {end: figure[end] * scale for end in ("low", "high") if figure.get(end) is not None}
-        return {"value": figure[part], "n": figure["n"], "kind": figure.get("kind", ""), **ends}
+        told = {key: figure[key] for key in ("n", "kind", "open") if key in figure}
+        return {"value": figure[part], **told, **ends}
 
     return find
 
@@ -56,25 +60,18 @@ def _two_d(record: Record) -> Figure | None:
     return max(found, key=lambda figure: figure["value"], default=None)
 
 
-def _trade(record: Record) -> Figure | None:
-    """Rank correlation of code length and reconstruction error where a parameter of the family was varied."""
-    for points in ((record.get("probe") or {}).get("vary") or {}).values():
-        terms = [point["terms"] for point in points if point["terms"] and {"kl", "reconstruction"} <= set(point["terms"])]
-        if len(terms) > 2:
-            from scipy import stats
-
-            found = stats.spearmanr([term["kl"] for term in terms], [term["reconstruction"] for term in terms])
-            return {"value": float(found.statistic), "n": len(terms), "kind": "rank correlation"}
-    return None
-
-
 def _seconds_to_quality(record: Record) -> Figure | None:
-    """Seconds of the probe's first training until samples were as good as the Gaussian control's."""
+    """Seconds of the probe's first training until samples were as good as the Gaussian control's.
+
+    They became so somewhere between two points of the learning curve: that is the interval.
+    """
     curve = (record.get("probe") or {}).get("curve") or []
     seconds = record.get("timing", {}).get("probe_curve_seconds") or []
+    before = 0.0
     for point, second in zip(curve, seconds, strict=False):
         if point["quality"] <= 1:
-            return {"value": second, "low": second * (1 - NOISE), "high": second * (1 + NOISE), "n": 1}
+            return {"value": second, "low": before * (1 - NOISE), "high": second * (1 + NOISE), "n": 1}
+        before = second
     return None
 
 
@@ -84,7 +81,9 @@ def _parameters(record: Record) -> Figure | None:
 
 ROWS = (
     Row("stability.diverged", "short trainings that diverge", "share", "lower", _probe("stability", "diverged")),
-    Row("stability.spread", "spread of the quality across seeds", "IQR / median", "lower", _probe("stability", "spread")),
+    Row(
+        "stability.spread", "spread of the quality across seeds", "IQR / median", "lower", _probe("stability", "spread")
+    ),
     Row("stability.spikes", "loss spikes above 5 σ", "per 1,000 steps", "lower", _probe("stability", "spikes")),
     Row("stability.gradient_ratio", "gradient norm, p99 / median", "×", "lower", _probe("stability", "gradient_ratio")),
     Row(
@@ -94,7 +93,13 @@ ROWS = (
         "higher",
         _probe("stability", "usable_learning_rates"),
     ),
-    Row("stability.small_batch_cost", "small batches: quality lost", "×", "lower", _probe("stability", "small_batch_cost")),
+    Row(
+        "stability.small_batch_cost",
+        "small batches: quality lost",
+        "×",
+        "lower",
+        _probe("stability", "small_batch_cost"),
+    ),
     Row(
         "stability.small_batch_spread",
         "small batches: spread across seeds",
@@ -104,16 +109,36 @@ ROWS = (
     ),
     Row("stability.outlier_cost", "planted outliers: quality lost", "×", "lower", _probe("stability", "outlier_cost")),
     Row(
+        "stability.outlier_bits",
+        "planted outliers: likelihood lost",
+        "bits/dim",
+        "lower",
+        _probe("stability", "outlier_bits"),
+    ),
+    Row(
         "stability.outlier_pull",
-        "gradient of an outlier, beside a usual image's",
-        "×",
+        "one outlier in a batch of 32: how far it turns the gradient",
+        "of its norm",
         "lower",
         _probe("stability", "outlier_pull"),
     ),
     Row("capacity.parameters", "parameters", "", "", _parameters),
     Row("capacity.flops", "training operations an image, in the probe", "FLOP", "lower", _probe("capacity", "flops")),
-    Row("capacity.frechet_distance", "Fréchet distance / Gaussian control", "share", "lower", _metric("frechet_distance", "relative")),
+    Row(
+        "capacity.frechet_distance",
+        "Fréchet distance / Gaussian control",
+        "share",
+        "lower",
+        _metric("frechet_distance", "relative"),
+    ),
     Row("capacity.slope", "quality a doubling of the parameters", "×", "lower", _probe("capacity", "slope")),
+    Row(
+        "capacity.flops_slope",
+        "quality a doubling of the training operations",
+        "×",
+        "lower",
+        _probe("capacity", "flops_slope"),
+    ),
     Row(
         "capacity.at_equal_parameters",
         "quality at 200,000 parameters, in the probe",
@@ -139,7 +164,9 @@ ROWS = (
     Row("density.gap", "gap of the bound", "bits/dim", "lower", _metric("iwae_bits_per_dim", "gap")),
     Row("density.two_d", "KL from a known 2-D density (worst set)", "nats", "lower", _two_d),
     Row("density.likelihood_ms", "a likelihood", "ms", "lower", _timing("likelihood_ms")),
-    Row("density.kl_trade", "code length against reconstruction", "rank correlation", "", _trade),
+    Row(
+        "density.kl_trade", "code length against reconstruction", "rank correlation", "", _probe("density", "kl_trade")
+    ),
     Row(
         "constraints.free_places",
         "places where any module may stand",
@@ -147,14 +174,32 @@ ROWS = (
         "higher",
         _probe("constraints", "free_places"),
     ),
-    Row("constraints.jacobian", "density by a Jacobian: error against autograd", "nats", "", _probe("constraints", "jacobian")),
+    Row(
+        "constraints.jacobian",
+        "density by a Jacobian: error against autograd",
+        "nats",
+        "",
+        _probe("constraints", "jacobian"),
+    ),
     Row("constraints.inverse_error", "largest error of the inverse", "levels", "lower", _metric("inverse_error")),
     Row("constraints.latent_share", "size of the code beside the data's", "×", "", _metric("latent_share")),
     Row("constraints.noise_dims", "random numbers a sample", "", "", _metric("noise_dims")),
     Row("constraints.networks", "networks trained against each other", "", "lower", _probe("constraints", "networks")),
-    Row("constraints.trained_share", "parameters that sampling uses", "share", "higher", _metric("trained_share")),
+    Row(
+        "constraints.trained_share",
+        "parameters that sampling uses",
+        "share",
+        "higher",
+        _probe("constraints", "trained_share"),
+    ),
     Row("speed.train", "training images a second", "1/s", "higher", _timing("train_images_per_s")),
-    Row("speed.seconds_to_quality", "seconds until as good as the control, in the probe", "s", "lower", _seconds_to_quality),
+    Row(
+        "speed.seconds_to_quality",
+        "seconds until as good as the control, in the probe",
+        "s",
+        "lower",
+        _seconds_to_quality,
+    ),
     Row("speed.sample_ms_1", "a sample, one at a time", "ms", "lower", _timing("sample_ms_1")),
     Row("speed.sample_ms_64", "a sample, 64 at a time", "ms", "lower", _timing("sample_ms_64")),
     Row("speed.nfe", "network evaluations a sample", "", "lower", _metric("nfe")),
@@ -178,50 +223,85 @@ def table(records: Mapping[str, Record]) -> list[dict[str, Any]]:
 
 
 def _cell(figure: Figure | None) -> dict[str, Any] | None:
-    """What a cell needs of a figure; the rest stands in the record."""
+    """What a cell needs of a figure; the rest stands in the record. An end that is None makes the figure open."""
     if figure is None or figure.get("value") is None:
         return None
     kept = ("value", "low", "high", "n", "kind", "text", "floor", "open")
-    return {key: figure[key] for key in kept if figure.get(key) is not None}
+    cell = {key: figure[key] for key in kept if figure.get(key) is not None}
+    ends = [key in figure and figure[key] is None for key in ("low", "high")]
+    return cell | ({"open": True} if any(ends) else {})
 
 
 class Need(NamedTuple):
-    """A question that people have, and the rows that answer it: the first that decides, the others beside it."""
+    """A question that people have, and the row that answers it. ``then``: rows that decide between equals."""
 
     need: str
     key: str
     note: str
+    then: tuple[str, ...] = ()
 
 
 NEEDS = (
-    Need("best density", "density.bits_per_dim", "the lowest bits/dim of the test split; unlike kinds are bounds of unlike tightness"),
-    Need("best samples", "capacity.frechet_distance", "the lowest Fréchet distance, as a share of the Gaussian control's"),
+    Need(
+        "best density",
+        "density.bits_per_dim",
+        "the lowest bits/dim of the test split; bounds of unlike kinds are of unlike tightness",
+    ),
+    Need(
+        "best samples", "capacity.frechet_distance", "the lowest Fréchet distance, as a share of the Gaussian control's"
+    ),
     Need("fastest sampling", "speed.sample_ms_64", "milliseconds a sample, 64 at a time"),
     Need("fastest training", "speed.train", "training images a second"),
-    Need("most stable", "stability.spread", "the smallest spread of the quality across seeds, none diverged"),
-    Need("fewest constraints", "constraints.free_places", "the largest share of inner places that take any module"),
+    Need("most stable", STABLE, "the smallest spread of the quality across seeds, among those none of which is lost"),
+    Need(
+        "fewest constraints",
+        "constraints.free_places",
+        "the largest share of inner places that take any module; then the fewest networks, and the most of them used",
+        ("constraints.networks", "constraints.trained_share"),
+    ),
 )
 
 
 def advice(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each need the best model and its runner-up, each with its figure; None where nobody has one."""
+    """For each need the best model and its runner-up, each with its figure; None where nobody has one.
+
+    ``tied``: models whose intervals meet the best one's, so that nobody knows which of them is better.
+    """
     by_key = {row["key"]: row for row in rows}
+    lost = {m for m, cell in by_key["stability.diverged"]["cells"].items() if cell and cell["value"] > 0}
     found = []
     for need in NEEDS:
-        row = by_key[need.key]
-        sign = -1 if row["better"] == "higher" else 1
-        out = {m for m, cell in by_key["stability.diverged"]["cells"].items() if cell and cell["value"] > 0}
-        known = [(m, cell) for m, cell in row["cells"].items() if cell and not (need.need == "most stable" and m in out)]
-        order = sorted(known, key=lambda pair: sign * pair[1]["value"])
+        judged = [by_key[key] for key in (need.key, *need.then)]
+        known = [m for m, cell in judged[0]["cells"].items() if cell and not (need.key == STABLE and m in lost)]
+        order = sorted(known, key=lambda model: [_worse(row, model) for row in judged])
         entry: dict[str, Any] = {"need": need.need, "key": need.key, "note": need.note}
-        for place, label in ((0, "model"), (1, "runner_up")):
-            name, cell = order[place] if len(order) > place else (None, None)
+        for place, label in enumerate(("model", "runner_up")):
+            name = order[place] if len(order) > place else None
             entry[label] = name
-            entry["figure" if place == 0 else "runner_up_figure"] = _said(cell, row["unit"]) if cell else ""
-        tied = [m for m, cell in order[1:] if order[0][1]["value"] == cell["value"]]
-        entry["tied"] = tied
+            said = _said(judged[0]["cells"][name], judged[0]["unit"]) if name else ""
+            entry["figure" if label == "model" else "runner_up_figure"] = said
+        entry["tied"] = [model for model in order[1:] if all(_meet(row, order[0], model) for row in judged)]
         found.append(entry)
     return found
+
+
+def _worse(row: Mapping[str, Any], model: str) -> float:
+    """What to sort by, best first; a model without the figure comes last."""
+    cell = row["cells"].get(model)
+    return math.inf if not cell else -cell["value"] if row["better"] == "higher" else cell["value"]
+
+
+def _meet(row: Mapping[str, Any], one: str, other: str) -> bool:
+    """Whether the intervals of two models meet; an end that is not known reaches everything."""
+    ends = []
+    for model in (one, other):
+        cell = row["cells"].get(model)
+        if not cell:
+            return False
+        exact = not cell.get("open") and "low" not in cell and "high" not in cell
+        low, high = (cell["value"],) * 2 if exact else (cell.get("low", -math.inf), cell.get("high", math.inf))
+        ends.append((low, high))
+    return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
 
 
 def _said(cell: Figure, unit: str) -> str:

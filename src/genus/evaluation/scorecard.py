@@ -25,7 +25,8 @@ def scorecard(
         members = {name: record for name, record in records.items() if record["dataset"] == dataset}
         own = [row | {"cells": {name: row["cells"][name] for name in members}} for row in rows]
         families = {name: record["family"] for name, record in members.items() if not record.get("failure")}
-        for verdict in ledger.judge(claims, families, {row["key"]: row["cells"] for row in own}):
+        failed = {name: record["family"] for name, record in members.items() if record.get("failure")}
+        for verdict in ledger.judge(claims, families, {row["key"]: row["cells"] for row in own}, failed):
             verdicts.append({"dataset": dataset} | verdict)
         advice += [{"dataset": dataset} | need for need in properties.advice(own)]
     for row in rows:
@@ -51,11 +52,14 @@ def tradeoff(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     for name, record in records.items():
         metrics, timing = record.get("metrics", {}), record.get("timing", {})
         curve = (metrics.get("curve") or {}).get("points", [])
-        tried = [(point, ms, _label(point["knobs"])) for point, ms in zip(curve, timing.get("curve_sample_ms", []), strict=False)]
+        tried = [
+            (point, ms, _label(point["knobs"]))
+            for point, ms in zip(curve, timing.get("curve_sample_ms", []), strict=False)
+        ]
         own = metrics.get("frechet_distance")
         if own and "sample_ms" in timing:
             scale = own["relative"] / own["value"] if own["value"] else 0.0
-            ends = {"low": own["low"] * scale, "high": own["high"] * scale}
+            ends = {end: own[end] * scale for end in ("low", "high") if own.get(end) is not None}
             calls = (metrics.get("nfe") or {}).get("value")
             tried.append(({"relative": own["relative"], "calls": calls, "n": own["n"]} | ends, timing["sample_ms"], ""))
         for point, ms, label in tried:

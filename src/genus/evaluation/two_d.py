@@ -46,17 +46,22 @@ class Fit:
     table: np.ndarray
     truth: np.ndarray
 
+    @property
+    def scale(self) -> float:
+        """Of the truth's picture, for both."""
+        return scale(self.truth)
 
-def settings(model: Family) -> tuple[Train, int]:
-    """How a model of two numbers is trained, by what it is: the trainer's settings and the number of steps.
 
-    Two seconds or so of one thread, whichever it is.
-    """
-    if len(model.groups()) > 1:  # an adversarial game: slow momentum, averaged weights (Yazici et al. 2018, 1806.04498)
-        return Train(steps=1, batch_size=256, learning_rate=1e-3, betas=(0.5, 0.99), ema=0.99, final_lr=0.1), 900
+def settings(model: Family) -> Train:
+    """How a model of two numbers is trained, by what it is: two or three seconds of one thread, whichever it is."""
+    if (
+        len(model.groups()) > 1
+    ):  # an adversarial game: little momentum, averaged weights (Yazici et al. 2018, 1806.04498)
+        return Train(steps=900, batch_size=256, learning_rate=1.5e-3, betas=(0.5, 0.99), ema=0.99, final_lr=0.1)
     if isinstance(model, Denoises):  # a regression on noise: large batches and averaged weights
-        return Train(steps=1, batch_size=1024, learning_rate=4e-3, betas=(0.9, 0.99), ema=0.99), 500
-    return Train(steps=1, batch_size=512, learning_rate=4e-3, betas=(0.9, 0.99), warmup=0.05, clip=100.0), 500
+        return Train(steps=350, batch_size=1024, learning_rate=1e-2, betas=(0.9, 0.99), ema=0.99)
+    steps = 800 if isinstance(model, Weighs) else 600  # a code has to be found before it can be of use
+    return Train(steps=steps, batch_size=512, learning_rate=4e-3, betas=(0.9, 0.99), warmup=0.2, clip=5.0)
 
 
 def fit(
@@ -72,9 +77,9 @@ def fit(
     """Trains a family on draws of a known density and compares what it has learned, cell by cell.
 
     ``figures`` are the same for the same seed and machine: "kl" {"value", "low", "high", "n", "kind"} in nats or None,
-    "kind" of density, "mass" on the square of all cells (exact: 1; a bound's, less), "entropy" of the truth in nats,
-    "uniform", the KL of knowing nothing, "steps", "parameters" and "variation", the total
-    variation between table and truth in 16 × 16 cells, where samples can be compared too. ``seconds``: "train" and "density".
+    "kind" of density, "mass" on all cells (a bound's: of the mean probability over draws), "entropy" of the truth in
+    nats, "uniform", the KL of knowing nothing, "steps", "parameters" and "variation", the total variation between
+    table and truth in 16 × 16 cells, which samples have too. ``seconds``: "train" and "density".
 
     Raises UserError for an unknown shape, family or parameter, NonFiniteLoss where training ends in no number.
     """
@@ -82,9 +87,9 @@ def fit(
     spec = DataSpec((2, 1, 1), levels=levels)
     torch.manual_seed(seed)
     model = build(family, spec, params)
-    config, planned = settings(model)
-    parameters = parameter_count(model)
-    steps = planned if steps is None else steps
+    parameters = parameter_count(model)  # before training: averaged weights are no parameters
+    config = settings(model)
+    steps = config.steps if steps is None else steps
     points = two_d.draw(shape, POINTS, levels, seed)
     started = time.monotonic()
     labels = np.zeros(len(points), np.int64)
@@ -110,7 +115,9 @@ def measure(model: Family, truth: np.ndarray, *, seed: int, device: torch.device
         exact = model.density == "exact"
         with torch.inference_mode():
             bounds = [_scored(model, grid, generator) for _ in range(1 if exact else REPEATS)]
-            weighed = [_weighed(model, grid, generator) for _ in range(REPEATS)] if isinstance(model, Weighs) else bounds
+            weighed = (
+                [_weighed(model, grid, generator) for _ in range(REPEATS)] if isinstance(model, Weighs) else bounds
+            )
         kind = model.density
     elif isinstance(model, Denoises):
         found = [
@@ -158,7 +165,7 @@ def divergence(truth: np.ndarray, log_q: np.ndarray) -> dict[str, Any]:
 
 
 def variation(truth: np.ndarray, table: np.ndarray) -> float:
-    """Total variation: half of the summed differences of the shares in 16 × 16 cells (in all, where there are fewer)."""
+    """Total variation: half of the summed differences of the shares of 16 × 16 cells (of all, where they are fewer)."""
     return 0.5 * float(np.abs(coarse(table) - coarse(truth)).sum())
 
 
@@ -181,16 +188,20 @@ def smoothed(shares: np.ndarray) -> np.ndarray:
     return gaussian_filter(shares, 1.0, mode="constant")
 
 
-def picture(table: np.ndarray, scale: float | None = None) -> np.ndarray:
-    """A table [x, y] as uint8 [H, W, 3]: x to the right, y upwards, in the colours of viridis.
+def scale(table: np.ndarray) -> float:
+    """The probability that a picture shows brightest: all but a two-hundredth of the cells are below it."""
+    return float(np.quantile(table, 0.995))
 
-    The scale goes from 0 to ``scale``; default the 99.5th percentile of the table.
+
+def picture(table: np.ndarray, top: float | None = None) -> np.ndarray:
+    """A table [x, y] as uint8 [H, W, 3], about 160 pixels a side: x to the right, y upwards, in the colours of viridis.
+
+    The colours go from 0 to ``top``, by default the table's own ``scale``; give two tables one to compare them.
     """
     from matplotlib import colormaps
 
-    top = float(np.quantile(table, 0.995)) if scale is None else scale
-    shown = np.clip(table.T[::-1] / max(top, LIGHTEST), 0, 1)
-    zoom = max(1, SIZE // len(table))
+    shown = np.clip(table.T[::-1] / max(scale(table) if top is None else top, LIGHTEST), 0, 1)
+    zoom = max(1, round(SIZE / len(table)))
     colours = (colormaps["viridis"](shown)[..., :3] * 255).round().astype(np.uint8)
     return colours.repeat(zoom, 0).repeat(zoom, 1)
 

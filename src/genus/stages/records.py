@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from genus.config import Model
-from genus.files import write_json
+from genus.files import read_json, write_json
 
 
 def record_of(name: str, model: Model) -> Path:
     """Where the record of a model stands."""
     return Path("reports/records") / model.collection / f"{name}.json"
+
+
+def failure_of(name: str, model: Model) -> str:
+    """Why a model could not be trained or measured, as its record says; empty where it could."""
+    path = record_of(name, model)
+    return read_json(path).get("failure", "") if path.exists() else ""
 
 
 @contextlib.contextmanager

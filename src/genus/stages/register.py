@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from genus import config
 from genus.errors import UserError
-from genus.files import read_json, write_json
+from genus.files import read_json, sha256, write_json
+from genus.stages.records import failure_of
 
 if TYPE_CHECKING:
     from genus.registry import Figures
@@ -28,10 +29,12 @@ def run(collection: str) -> None:
 def reconcile(models: list[str]) -> dict[str, Any]:
     """Makes the registry say what these models' files say; returns a line of the report for each.
 
-    A second call changes nothing, and an empty store is filled again from the files. Raises UserError where a file is
-    missing or the store cannot be reached.
+    A second call changes nothing, and an empty store is filled again from the files. A model whose record says that it
+    failed is left out and its line says so. Raises UserError where a file is missing or the store cannot be reached.
     """
     params = config.load()
+    failures = {name: failure_of(name, params.model(name)) for name in models}
+    models = [name for name in models if not failures[name]]
 
     from genus import progress, tracking
     from genus.registry import Figures, register, settled
@@ -42,8 +45,14 @@ def reconcile(models: list[str]) -> dict[str, Any]:
     timing = {name: read_json(f"reports/timing/{name}.json") for name in models}
     contents = {name: tracking.fingerprint(Path("models") / name) for name in models}
     figures = {name: Figures.of(metrics[name], abouts[name]["data_sha256"]) for name in models}
-    table = {name: _row(contents[name], figures[name]) for name in models}
-    files = {name: _hash([contents[name], metrics[name], timing[name], knobs[name]]) for name in models}
+    table: dict[str, Any] = {name: {"failure": why} for name, why in failures.items() if why}
+    table |= {name: _row(contents[name], figures[name]) for name in models}
+    reports = {name: report for name in models if (report := _report_of(params, name))}
+    pages = {path: sha256(path) for path in set(reports.values())}
+    shown = {name: pages[report] for name, report in reports.items()}
+    files = {
+        name: _hash([contents[name], metrics[name], timing[name], knobs[name], shown.get(name)]) for name in models
+    }
     if settled(files):
         return table
     Path(".genus").mkdir(exist_ok=True)
@@ -55,6 +64,8 @@ def reconcile(models: list[str]) -> dict[str, Any]:
             for done, name in enumerate(models, 1):
                 found = _run(client, Path("models") / name, abouts[name])
                 _evaluation(client, found, metrics[name], timing[name])
+                if name in reports:
+                    _attach(client, found, reports[name], shown[name])
                 register(client, Path("models") / name, found, figures[name], knobs[name], files[name])
                 progress.report(done, len(models), unit="model")
     except tracking.problems() as error:
@@ -63,6 +74,22 @@ def reconcile(models: list[str]) -> dict[str, Any]:
             f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register` tries again"
         ) from error
     return table
+
+
+def _report_of(params: config.Params, name: str) -> Path | None:
+    """The page on which a model is compared with the others of its collection, where it has been made."""
+    path = Path("reports") / f"{params.collections[params.model(name).collection].report}.html"
+    return path if path.exists() else None
+
+
+def _attach(client: MlflowClient, run: StoredRun, report: Path, content: str) -> None:
+    """Puts the report among the run's artifacts and says so in its description, unless this one is there already."""
+    from genus import tracking
+
+    if run.data.tags.get("genus.report_sha256") != content:
+        client.log_artifact(run.info.run_id, str(report), "report")
+        where = f"Compared with the others in **Artifacts / report / {report.name}** (`genus report` opens the newest)."
+        tracking.add(client, run, {}, {"mlflow.note.content": where, "genus.report_sha256": content})
 
 
 def _hash(value: Any) -> str:

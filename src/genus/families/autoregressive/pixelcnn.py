@@ -21,7 +21,6 @@ from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
 from genus.nn import logistic
 
-
 WAVES = (math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi)  # radians a unit of x
 
 

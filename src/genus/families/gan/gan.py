@@ -9,6 +9,7 @@ al. 2019 (https://arxiv.org/abs/1912.04958), who found that it suffices every fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,8 @@ class DCGAN(Family):
     ``latent``: size of z. ``width`` and ``critic_width``: channels at half resolution; twice as many at a quarter.
     The generator learns five times as fast as the critic in params.yaml: with equal rates the critic wins early.
     ``r1``: weight γ of the penalty γ/2 |∇D(x)|² on real images, applied every ``r1_every`` critic steps and then that
-    many times as strong. Sizes must be multiples of 4; for vectors [D, 1, 1] both networks are fully connected.
+    many times as strong. Sizes must be multiples of 4. For vectors [D, 1, 1] both networks are fully connected, behind
+    a layer of sines; z has at most D numbers, and γ is a tenth of it: a critic of few numbers must be steep.
     """
 
     critic_steps: Tensor
@@ -50,6 +52,8 @@ class DCGAN(Family):
         self.latent, self.r1, self.r1_every = latent, r1, r1_every
         self.register_buffer("critic_steps", torch.zeros((), dtype=torch.int64))  # where in the R1 cycle: for resuming
         if spec.flat:
+            self.latent = latent = min(latent, spec.dims)
+            self.r1 = r1 / 10
             self.generator = nn.Sequential(
                 *perceptron(latent, 4 * width, nn.ReLU()), nn.Linear(4 * width, channels), nn.Tanh()
             )
@@ -119,9 +123,24 @@ class DCGAN(Family):
         return self.r1 > 0 and int(self.critic_steps) % self.r1_every == 0
 
 
+class Sines(nn.Module):
+    """sin(W x + b), [B, inputs] to [B, outputs]: W starts normal, 5 radians a unit; b anywhere on the circle.
+
+    Sitzmann et al. 2020, arXiv:2006.09661. From a few numbers, networks of ReLUs alone are slow to learn sharp edges.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(5 * torch.randn(outputs, inputs))
+        self.phase = nn.Parameter(math.pi * (2 * torch.rand(outputs) - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(functional.linear(x, self.weight, self.phase))
+
+
 def perceptron(inputs: int, hidden: int, activation: nn.Module) -> list[nn.Module]:
-    """Two hidden layers."""
-    return [nn.Linear(inputs, hidden), activation, nn.Linear(hidden, hidden), activation]
+    """Two hidden layers, the first one of sines."""
+    return [Sines(inputs, hidden), nn.Linear(hidden, hidden), activation]
 
 
 def gradient_penalty(score: Tensor, x: Tensor) -> Tensor:

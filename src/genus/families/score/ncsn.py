@@ -108,9 +108,10 @@ class UNet(nn.Module):
 
 
 class Dense(nn.Module):
-    """The network for vectors: [B, D, 1, 1] and ln sigma [B] to [B, D, 1, 1]. Residual, scaled and shifted by the level.
+    """The network for vectors: [B, D, 1, 1] and ln sigma [B] to [B, D, 1, 1].
 
-    It sees x also as sines and cosines (Tancik et al. 2020, 2006.10739): edges and thin lines come much sooner.
+    Residual, scaled and shifted by the level. It sees x also as sines and cosines (Tancik et al. 2020, 2006.10739):
+    edges and thin lines come much sooner.
     """
 
     waves: Tensor
