@@ -163,6 +163,7 @@ def train(
                 saved = time.monotonic()
         if on_samples and step in samples_at:
             pause = time.monotonic()
+            _means(window, step)  # a loss that is no number is said to be one, before samples are drawn from it
             shown = (average or model).eval()
             with torch.no_grad():
                 on_samples(shown, step)

@@ -74,7 +74,7 @@ def run(name: str) -> None:
         def on_samples(model: Family, step: int) -> None:
             run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
 
-        with failure_recorded(name, chosen, "train", NonFiniteLoss):
+        with failure_recorded(name, chosen, "train", NonFiniteLoss, FloatingPointError):
             result = train(
                 model,
                 data.split("train"),
