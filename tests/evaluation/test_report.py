@@ -399,11 +399,11 @@ def test_a_head_sorts_the_models_and_says_so(opened: Any, way: str) -> None:
 def test_verdicts_are_filtered_and_a_link_brings_a_hidden_one_back(opened: Any) -> None:
     shown = opened.locator("#verdicts [data-verdict]:visible")
     total = shown.count()
-    button = opened.locator('#verdicts [data-filter="contradicted"]')
+    button = opened.locator('#verdicts [data-filter="supported"]')
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
     assert 0 < shown.count() < total and str(shown.count()) in button.inner_text()
-    assert set(shown.evaluate_all("all => all.map(v => v.dataset.verdict)")) == {"contradicted"}
+    assert set(shown.evaluate_all("all => all.map(v => v.dataset.verdict)")) == {"supported"}
     opened.locator('a[href="#claim-1"]').first.click()
     opened.wait_for_function("!document.getElementById('claim-1').hidden")
     assert shown.count() == total

@@ -38,7 +38,7 @@ VERDICTS = {
 }
 CONTROLS = {
     "frechet_distance": ("Fréchet / control", "lower"),
-    "kid": ("KID × 10³", "lower"),
+    "kid": ("KID", "lower"),
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
     "density": ("density", "higher"),
@@ -158,11 +158,6 @@ def _metric(record: Figure, name: str) -> View | None:
     scale = figure["relative"] / figure["value"] if figure["value"] else 0.0
     ends = {end: figure[end] * scale for end in ("low", "high", "floor") if figure.get(end) is not None}
     return {**figure, "value": figure["relative"]} | ends
-
-
-def _scaled(figure: View | None, factor: float) -> View | None:
-    parts = ("value", "low", "high", "floor")
-    return figure and figure | {part: figure[part] * factor for part in parts if figure.get(part) is not None}
 
 
 # Pictures
@@ -391,13 +386,12 @@ class Column(NamedTuple):
     better: str
     part: str
     name: str
-    factor: float = 1.0
 
 
 HEADLINE = (
     Column("bits/dim", "and its kind", "lower", "metrics", "bits_per_dim"),
     Column("Fréchet share", "of the Gaussian control's", "lower", "metrics", "frechet_distance"),
-    Column("KID", "× 10³", "lower", "metrics", "kid", 1000.0),
+    Column("KID", "", "lower", "metrics", "kid"),
     Column("precision", "", "higher", "metrics", "precision"),
     Column("recall", "", "higher", "metrics", "recall"),
     Column("density", "", "higher", "metrics", "density"),
@@ -414,7 +408,7 @@ def _headline(records: Mapping[str, Figure]) -> View:
     """The table of models: a row a model, a column a headline figure."""
     columns = []
     for column in HEADLINE:
-        figures = [_scaled(_found(record, column), column.factor) for record in records.values()]
+        figures = [_found(record, column) for record in records.values()]
         cells = _cells(figures, column.better)
         columns.append((column, cells, _shared(cells)))
     rows = [{"model": name, "cells": [cells[place] for _, cells, _ in columns]} for place, name in enumerate(records)]
@@ -440,10 +434,7 @@ def _features(records: Mapping[str, Figure]) -> View | None:
     for prefix in spaces:
         for metric in metrics:
             title, better = CONTROLS[metric]
-            figures = [
-                _scaled(_metric(record, prefix + metric), 1000.0 if metric == "kid" else 1.0)
-                for record in records.values()
-            ]
+            figures = [_metric(record, prefix + metric) for record in records.values()]
             if any(figures):
                 cells = _cells(figures, better)
                 for cell in cells:
@@ -462,8 +453,7 @@ def _controls(controls: Mapping[str, Figure], dataset: str, album: Album) -> Vie
         return None
     columns = {}
     for name in names:
-        factor = 1000.0 if name == "kid" else 1.0
-        figures = [_scaled(_metric({"metrics": metrics}, name), factor) for metrics in known.values()]
+        figures = [_metric({"metrics": metrics}, name) for metrics in known.values()]
         columns[name] = _cells(figures, CONTROLS[name][1])
     heads = [(*CONTROLS[name], _shared(columns[name])) for name in names]
     rows = [
@@ -814,8 +804,23 @@ def _other_likelihoods(records: Mapping[str, Figure], looks: Mapping[str, View])
         for metric, kind in (("iwae_bits_per_dim", "importance-weighted"), ("ode_bits_per_dim", "probability flow")):
             if figure := _metric(record, metric):
                 words = said(figure, 4) | {"kind": figure.get("kind") or kind}
-                found.append(words | {"look": looks[name], "gap": said(figure.get("gap")), "n": figure.get("n")})
+                words |= {"look": looks[name], "gap": said(figure.get("gap")), "n": figure.get("n")}
+                found.append(words | {"how": _effort(figure)})
     return found
+
+
+def _effort(figure: Figure) -> str:
+    """What a likelihood along the probability flow took, and what it would be by uniform dequantisation."""
+    if not figure.get("nfe"):
+        return ""
+    told = f"{number(figure['nfe'])} evaluations"
+    if _finite(figure.get("rtol")):
+        told += f", tolerance {figure['rtol']:g}"
+    if _finite(figure.get("spread")):
+        told += f", an example’s error by the trace’s probes {number(figure['spread'])}"
+    if figure.get("uniform"):
+        told += f"; dequantised uniformly {number(figure['uniform']['value'], 4)}"
+    return told
 
 
 def _bars(bars: list[View], anchors: Mapping[str, Figure], width: int) -> View:

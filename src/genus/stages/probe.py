@@ -65,7 +65,7 @@ def run(name: str) -> None:
             found["two_d"][shape] = fitted.figures
             seconds |= {f"probe_two_d_{shape}_{part}": value for part, value in fitted.seconds.items()}
             for file, table in ((f"two_d-{shape}.png", fitted.table), (f"two_d-{shape}-truth.png", fitted.truth)):
-                Image.fromarray(two_d.picture(table)).save(folder / file, format="PNG")
+                Image.fromarray(two_d.picture(table, fitted.scale)).save(folder / file, format="PNG")
         write_json(folder / "probe.json", found)
     seconds["probe_seconds"] = time.monotonic() - started
     timing: dict[str, Any] = seconds | {"probe_curve_seconds": prober.curve_seconds}
