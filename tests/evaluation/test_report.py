@@ -405,7 +405,7 @@ def test_verdicts_are_filtered_and_a_link_brings_a_hidden_one_back(opened: Any) 
     assert 0 < shown.count() < total and str(shown.count()) in button.inner_text()
     assert set(shown.evaluate_all("all => all.map(v => v.dataset.verdict)")) == {"supported"}
     opened.locator('a[href="#claim-1"]').first.click()
-    opened.wait_for_function("!document.getElementById('claim-1').hidden")
+    opened.locator("#claim-1").wait_for(state="visible")
     assert shown.count() == total
 
 
