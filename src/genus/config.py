@@ -91,7 +91,7 @@ class Probe(Section):
     batch: float = Field(0.125, gt=0)  # multiplier of the small-batch jobs; 1: none
     outliers: float = Field(0.001, ge=0, lt=1)  # share of planted noise images; 0: none
     sizes: list[int] = [8, 20]  # sides of the resolution jobs
-    samples: int = Field(1000, ge=100)  # drawn from every job
+    samples: int = Field(700, ge=100)  # drawn from every job
     knobs: dict[str, Scalar] = {}  # of sample(), over those of evaluate
     vary: dict[str, list[Scalar]] = {}  # parameters of the family, each with the values to try
     two_d: list[str] = ["rings", "checkerboard"]  # sets of known density that the family is fitted to

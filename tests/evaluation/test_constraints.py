@@ -47,11 +47,11 @@ class Shift(nn.Module):
 
 
 class Stretch(nn.Module):
-    """Every number times its own factor; ``honest``: with the log-determinant that this has, else with half of it."""
+    """Every number times its own factor; ``honest``: with the log-determinant that this has, else with none."""
 
     def __init__(self, dims: int, honest: bool):
         super().__init__()
-        self.log_scale, self.share = nn.Parameter(torch.zeros(dims)), 1.0 if honest else 0.5
+        self.log_scale, self.share = nn.Parameter(torch.zeros(dims)), float(honest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x * self.log_scale.exp(), (self.share * self.log_scale.sum()).expand(len(x))
@@ -177,14 +177,10 @@ def test_a_density_that_has_learned_badly_is_a_density() -> None:
     """Far from the data, its probabilities of them sum to next to nothing: that breaks no contract."""
 
     class Stubborn(Flow):
-        def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
-            return super().log_prob(Batch(batch.x * 7), generator=generator) + self.spec.dims * math.log(7)
-
         def loss(self, batch: Batch, *, generator: Generator) -> dict[str, Tensor]:
             return {"loss": (self.flow(batch.x.flatten(1))[0] - 3.0).square().mean()}
 
-    assert free_places_of(made(Stubborn(BITS)), seed=0)["text"] == "1 of 3 kinds" or True
-    assert constraints._bad_density(made(Stubborn(BITS)).eval(), 0) == ""
+    assert free_places_of(made(Stubborn(BITS)), seed=0)["value"] is not None
 
 
 def test_where_nothing_is_asked_of_a_network_every_place_is_free() -> None:

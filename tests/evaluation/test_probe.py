@@ -227,26 +227,40 @@ def test_resolution_compares_the_ends() -> None:
     assert math.log(figure["high"] / figure["value"]) == pytest.approx(half)
 
 
-def test_trade_of_two_terms() -> None:
-    def varied(kls: list[float], errors: list[float]) -> dict[str, Any] | None:
-        base = [
-            done(1.0, job={"seed": seed}, terms={"kl": kls[0] * (1 + 0.01 * seed), "reconstruction": errors[0]})
-            for seed in range(3)
-        ]
-        rest = [
-            done(1.0, job={"params": (("beta", float(place)),)}, terms={"kl": kl, "reconstruction": error})
-            for place, (kl, error) in enumerate(zip(kls[1:], errors[1:], strict=True))
-        ]
-        return probe._trade("beta", [*base, *rest], base)
+def varied(kls: list[float], errors: list[float], noise: float, count: int = 2) -> dict[str, Any] | None:
+    """A trade of a base and three values for some seeds; the second is shifted, and its changes vary by ``noise``."""
+    found = []
+    for seed in range(count):
+        for place, (kl, error) in enumerate(zip(kls, errors, strict=True)):
+            own = noise * seed * (-1) ** place
+            terms = {"kl": kl + 5 * seed, "reconstruction": error + 50 * seed + own}
+            params = (("beta", float(place)),) if place else ()
+            found.append(done(1.0, job={"seed": seed, "params": params}, terms=terms))
+    return probe._trade("beta", found, [one for one in found if not one.job.params])
 
-    clear = varied([10, 20, 5, 2], [100, 80, 120, 150])
+
+def test_trade_of_two_terms() -> None:
+    clear = varied([10, 20, 5, 2], [100, 80, 120, 150], 0.5)
     assert clear is not None and (clear["value"], clear["low"], clear["high"]) == pytest.approx((-1, -1, -1))
-    close = varied([10, 10.02, 5, 2], [100, 99.9, 120, 150])
-    assert close is not None and close["value"] == pytest.approx(-1) and close["high"] > -1, "within the seeds' noise"
-    both = varied([10, 20, 5, 2], [100, 120, 80, 60])
+    close = varied([10, 20, 5, 2], [100, 80, 120, 150], 10.0)
+    assert close is not None and close["value"] == pytest.approx(-1) and close["high"] > -0.9, "within the noise"
+    both = varied([10, 20, 5, 2], [100, 120, 80, 60], 0.5)
     assert both is not None and both["value"] == pytest.approx(1)
+    single = varied([10, 20, 5, 2], [100, 80, 120, 150], 0.5, count=1)
+    assert single is not None and single["open"], "one seed does not say what is chance"
     other = [done(1.0, terms={"loss": 1.0})] * 3
     assert probe._trade("beta", other, other) is None
+
+
+def test_a_width_that_failed_says_nothing_of_capacity() -> None:
+    found = [
+        done(3 * count**-0.25, job={"width": width}, parameters=count)
+        for width, count in ((0.5, 50_000), (1.0, 150_000))
+    ]
+    failed = done(None, job={"width": 2.0}, parameters=500_000, failed="nan")
+    slope = probe._slope([*found, failed], NOISE, "parameters")
+    assert slope is not None and slope["value"] == pytest.approx(2**-0.25)
+    assert slope["points"][-1]["quality"] is None and slope["points"][-1]["failed"] == "nan"
 
 
 # What is measured on models and data
@@ -338,8 +352,8 @@ def test_a_whole_probe_twice(digits: Digits) -> None:
     first = told(made)
     assert first == told(prober(digits)), "the same bytes"
     found, outcomes = json.loads(first), made.outcomes
-    # 3 seeds, 2 rates, 1 width, 3 small batches, 3 with outliers, 2 sizes, 2 values of beta.
-    assert len(outcomes) == len(found["jobs"]) == found["setting"]["jobs"] == 16
+    # 3 seeds, 2 rates, 1 width, 3 small batches, 3 with outliers, 2 sizes, 2 values of beta for 2 seeds.
+    assert len(outcomes) == len(found["jobs"]) == found["setting"]["jobs"] == 18
     base = outcomes[Job(seed=0)]
     assert base.quality is not None and base.untrained is not None and base.quality < base.untrained
     assert base.bits_per_dim is not None and base.pull is not None and base.flops > 0

@@ -58,7 +58,8 @@ elif stage == "scorecard":
     card["properties"] = [{"title": "bits/dim", "unit": "", "cells": cells}]
     card["verdicts"] = [{"id": 7, "claim": "a | b", "verdict": "supported", "because": "c"}]
     write(f"reports/{of['report']}.json", json.dumps(card))
-    write(f"reports/{of['report']}.html", text)
+    for kind in ("html", "csv"):
+        write(f"reports/{of['report']}.{kind}", text)
 elif stage == "register":
     write(f"reports/registered/{name}.json", "{}")
 if os.environ.get("GENUS_WORK"):

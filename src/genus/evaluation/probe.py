@@ -190,7 +190,10 @@ class Prober:
         limit = min(self.data.spec.shape[1:])
         found += [Job(seed=self.seed, size=size) for size in probe.sizes if size != self.size and size <= limit]
         found += [
-            Job(seed=self.seed, params=((name, value),)) for name, values in probe.vary.items() for value in values
+            Job(seed=seed, params=((name, value),))
+            for name, values in probe.vary.items()
+            for value in values
+            for seed in seeds[:2]  # two, so that what differs by chance is seen
         ]
         return found
 
@@ -718,7 +721,8 @@ class Line(NamedTuple):
 
 def _line(found: Sequence[Outcome], by: str) -> Line | None:
     """Log quality over the log of ``by`` (parameters or flops), where there are at least two of them."""
-    known = [(float(getattr(outcome, by)), y) for outcome in found if (y := level(outcome)) is not None]
+    # A job that failed says how stable a width is, not what it could learn.
+    known = [(float(getattr(o, by)), y) for o in found if not o.failed and (y := level(o)) is not None]
     known = [(x, y) for x, y in known if x > 0]
     if len({x for x, _ in known}) < 2:
         return None
@@ -735,7 +739,7 @@ def _slope(found: Sequence[Outcome], noise: Noise, by: str) -> dict[str, Any] | 
     points = []
     for width in sorted({outcome.job.width for outcome in found}):
         same = [outcome for outcome in found if outcome.job.width == width]
-        logs = levels(same)
+        logs = levels(outcome for outcome in same if not outcome.failed)
         points.append(
             {
                 "width": width,
@@ -760,7 +764,7 @@ def _average(values: Iterable[float | None]) -> float | None:
 def _at(found: Sequence[Outcome], noise: Noise) -> dict[str, Any] | None:
     """Quality at EQUAL_PARAMETERS on the line through the widths; None too far from them."""
     line, x = _line(found, "parameters"), math.log(EQUAL_PARAMETERS)
-    tried = [math.log(outcome.parameters) for outcome in found if outcome.parameters]
+    tried = [math.log(outcome.parameters) for outcome in found if outcome.parameters and not outcome.failed]
     if line is None or not min(tried) - math.log(REACH) <= x <= max(tried) + math.log(REACH):
         return None
     half = noise.half(line.variance(x))
@@ -778,7 +782,7 @@ def _resolution(found: Sequence[Outcome], size: int, noise: Noise) -> dict[str, 
 
 def _vary(name: str, outcomes: Iterable[Outcome], base: Outcome) -> list[dict[str, Any]]:
     """The terms and the quality at every value of one parameter, the model's own value as None."""
-    found = [base] + [outcome for outcome in outcomes if dict(outcome.job.params).keys() == {name}]
+    found = [base] + [o for o in outcomes if dict(o.job.params).keys() == {name} and o.job.seed == base.job.seed]
     return [
         {
             "value": dict(outcome.job.params).get(name),
@@ -793,27 +797,29 @@ def _vary(name: str, outcomes: Iterable[Outcome], base: Outcome) -> list[dict[st
 def _trade(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, Any] | None:
     """Rank correlation of code length and reconstruction error over the values of a parameter.
 
-    -1: whichever value has the shorter code reconstructs worse. The interval holds 95% of what the noise from seed to
-    seed makes of it. None where the family's terms are others.
+    -1: whichever value has the shorter code reconstructs worse. The interval holds 95% of what is left to chance: what
+    neither the value nor the seed explains (the residuals of a two-way table). None where the family's terms are others.
     """
     from scipy import stats
 
-    both = ("kl", "reconstruction")
-    varied = [outcome for outcome in outcomes if dict(outcome.job.params).keys() == {name}]
-    known = [o.terms for o in (base[0], *varied) if o.terms and set(both) <= set(o.terms)]
-    if len(known) < 3:
+    rows: dict[Any, dict[int, list[float]]] = {}
+    for o in [*base, *(o for o in outcomes if dict(o.job.params).keys() == {name})]:
+        if o.terms and {"kl", "reconstruction"} <= set(o.terms):
+            rows.setdefault(o.job.params, {})[o.job.seed] = [o.terms["kl"], o.terms["reconstruction"]]
+    shared = sorted(set.intersection(*(set(row) for row in rows.values()))) if rows else []
+    if len(rows) < 3 or not shared:
         return None
-    points = np.array([[terms[key] for key in both] for terms in known])
-    seeds = np.array([[o.terms[key] for key in both] for o in base if o.terms and set(both) <= set(o.terms)])
+    table = np.array([[row[seed] for seed in shared] for row in rows.values()])  # [values, seeds, 2]
+    points = table.mean(1)
     value = float(stats.spearmanr(*points.T).statistic)
-    if len(seeds) < 2:
-        return _figure(value, -math.inf, math.inf, len(points))
-    random = np.random.default_rng(0)
-    # In proportion: a term ten times as large varies ten times as much.
-    share = seeds.std(axis=0, ddof=1) / np.abs(seeds.mean(axis=0))
-    draws = points * (1 + share * random.standard_t(len(seeds) - 1, (1000, *points.shape)))
+    df = (len(rows) - 1) * (len(shared) - 1)
+    if not df:
+        return _figure(value, -math.inf, math.inf, len(rows))
+    residuals = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean((0, 1))
+    error = np.sqrt((residuals**2).sum((0, 1)) / df / len(shared))
+    draws = points + error * np.random.default_rng(0).standard_t(df, (1000, *points.shape))
     low, high = np.quantile([stats.spearmanr(*each.T).statistic for each in draws], [0.025, 0.975])
-    return _figure(value, low, high, len(points))
+    return _figure(value, low, high, len(rows))
 
 
 def setting(probe: Probe, prober: Prober) -> dict[str, Any]:

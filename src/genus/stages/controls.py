@@ -34,6 +34,6 @@ def run(name: str) -> None:
             Image.fromarray(grid(images, levels=data.spec.levels, columns=columns)).save(folder / file, format="PNG")
     for key, row in found.items():
         told = (
-            f"{name} {row['metrics'][name]['value']:.3g}" for name in ("frechet_distance", "coverage", "memorisation")
+            f"{name} {row['metrics'][name]['value']:.3g}" for name in ("kid", "coverage", "memorisation")
         )
         print(f"{key}: {', '.join(told)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from genus.stages.records import record_of
 
 def run(name: str) -> None:
     """Collects the records and probes of collection ``name`` into reports/<report>.json and .html.
+
+    Beside them, for `dvc plots`, quality against sampling time as .csv: DVC draws no lists that lie deeper in a JSON.
 
     A model that failed is shown with its failure. Raises UserError where there is no figure of any model.
     """
@@ -33,16 +37,33 @@ def run(name: str) -> None:
     collections = dict.fromkeys(params.models[member].collection for member in members)
     pictures = [Path("reports") / kind / part for kind in ("pictures", "probes") for part in collections]
     write_json(Path("reports") / f"{section.report}.json", card)
+    write_text(Path("reports") / f"{section.report}.csv", _table(card["tradeoff"]))
     write_text(Path("reports") / f"{section.report}.html", page(card, [*pictures, Path("reports/controls")]))
+
+
+def _table(points: list[dict[str, Any]]) -> str:
+    """Rows as CSV; a head alone where there are none."""
+    text = io.StringIO()
+    rows = csv.DictWriter(
+        text, ["dataset", "model", "label", "sample_ms", "quality", "low", "high", "n", "nfe", "pareto"]
+    )
+    rows.writeheader()
+    rows.writerows(points)
+    return text.getvalue()
 
 
 def _dataset(name: str) -> dict[str, Any]:
     """What is known of a data set itself: sizes, judge, coders and control sets."""
+    from genus.evaluation.controls import TITLES
+
     judge = read_json(Path("data/judge") / name / "judge.json")
+    known = read_json(Path("reports/controls") / name / "controls.json")
     return {
         "counts": read_json(Path("data/processed") / name / "dataset.json")["counts"],
         "judge": {key: judge[key] for key in ("accuracy", "control", "floor")},
-    } | read_json(Path("reports/controls") / name / "controls.json")
+        "anchors": known["anchors"],
+        "controls": {row: known["controls"][row] for row in TITLES if row in known["controls"]},  # best first
+    }
 
 
 def _record(name: str, model: config.Model) -> dict[str, Any]:
