@@ -160,7 +160,7 @@ def test_copies_are_told_from_new_samples() -> None:
 def test_two_samples_of_one_distribution_are_not_told_apart() -> None:
     random = np.random.default_rng(5)
     a, b = random.standard_normal((800, 6)), random.standard_normal((800, 6))
-    value, low, high, n = two_sample(a, b, seed=0)
+    _, low, high, n = two_sample(a, b, seed=0)
     assert low < 0.5 < high and n == 800
     # Means one deviation apart in one of the features: the best rule is right with Φ(1/2) = 0.691.
     _, low, high, _ = two_sample(a, b + np.eye(6)[0], seed=0)

@@ -108,7 +108,7 @@ def test_reproduced_compares_with_the_committed_lock(toy: Path) -> None:
     assert go(models=["digits-vae"])[0] == 0
     commit(toy, "dvc.lock")
     status, said = go(models=["digits-vae"])
-    # data, validation, judge, controls, four of the model, its metrics and pictures; what holds figures of time is no artifact
+    # data, validation, judge, controls, four of the model, metrics, pictures; what holds figures of time is no artifact
     assert status == 0 and "reproduced 10 of 10 artifacts bit for bit" in said
     params = toy / "params.yaml"
     params.write_text(params.read_text().replace("steps: 7", "steps: 8"))

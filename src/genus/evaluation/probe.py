@@ -798,7 +798,7 @@ def _trade(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> d
     """Rank correlation of code length and reconstruction error over the values of a parameter.
 
     -1: whichever value has the shorter code reconstructs worse. The interval holds 95% of what is left to chance: what
-    neither the value nor the seed explains (the residuals of a two-way table). None where the family's terms are others.
+    neither the value nor the seed explains (the residuals of a two-way table). None where the family has other terms.
     """
     from scipy import stats
 

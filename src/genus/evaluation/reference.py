@@ -95,8 +95,8 @@ def make_reference(
 def open_reference(data: Dataset, folder: str | os.PathLike[str]) -> Reference:
     """Reads what the judge stage left. Raises UserError where it is not there."""
     folder = Path(folder)
-    if not (folder / "judge.json").exists():
-        raise UserError(f"{folder}: no judge yet; `genus judge {data.folder.name}` trains it")
+    if not all((folder / name).exists() for name in ("judge.json", "components.npy")):
+        raise UserError(f"{folder}: no judge yet, or an older version's; `genus judge {data.folder.name}` trains it")
     about = read_json(folder / "judge.json")
     judge = Judge(data.spec)
     judge.load_state_dict(load_file(folder / "weights.safetensors"))

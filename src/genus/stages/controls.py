@@ -33,7 +33,5 @@ def run(name: str) -> None:
         ):
             Image.fromarray(grid(images, levels=data.spec.levels, columns=columns)).save(folder / file, format="PNG")
     for key, row in found.items():
-        told = (
-            f"{name} {row['metrics'][name]['value']:.3g}" for name in ("kid", "coverage", "memorisation")
-        )
+        told = (f"{name} {row['metrics'][name]['value']:.3g}" for name in ("kid", "coverage", "memorisation"))
         print(f"{key}: {', '.join(told)}")
