@@ -44,6 +44,11 @@ def test_models_shows_every_family(genus: Call) -> None:
         (["ingest", "digit"], "unknown data set 'digit': did you mean 'digits'?"),
         (["train", "digits-glwo"], "unknown model 'digits-glwo'"),
         (["train"], "Missing argument 'NAME'"),
+        (["report"], "reports/scorecard.html: no such file; `genus run --collection tour` makes it"),
+        (["report", "tuor"], "unknown collection 'tuor': did you mean 'tour'?"),
+        (["evaluate", "digits-vae"], "models/digits-vae/model.json: no such file"),
+        (["probe", "digits-vae"], "data/processed/digits: no such data set"),
+        (["controls", "digits"], "data/processed/digits: no such data set"),
     ],
 )
 def test_wrong_command_is_one_line_and_status_2(genus: Call, arguments: list[str], line: str) -> None:

@@ -84,8 +84,8 @@ class Probe(Section):
     """The short trainings by which stability and capacity are measured: about a minute of one thread a model."""
 
     size: int = Field(12, ge=4)  # side in pixels that the images are shrunk to
-    steps: int = Field(140, ge=20)
-    seeds: int = Field(3, ge=2)
+    steps: int = Field(110, ge=20)
+    seeds: int = Field(5, ge=2)
     learning_rates: list[float] = [0.1, 0.3, 3.0, 10.0]  # multipliers; 1 is among the seeds
     widths: list[float] = [0.5, 2.0]  # multipliers; 1 is among the seeds
     batch: float = Field(0.125, gt=0)  # multiplier of the small-batch jobs; 1: none

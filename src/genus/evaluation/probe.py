@@ -45,6 +45,7 @@ FLOOR = 0.02  # the least quality in a ratio: the standard error of 1,000 real i
 MARKS = 6  # points of the learning curve
 CYCLE = 16  # training steps whose operations are counted where they differ: what is done now and then has its share
 EQUAL_PARAMETERS = 200_000  # where families are compared at equal size
+REPEATED = 3  # seeds, at most, of the jobs with small batches and with outliers
 REACH = 2.0  # how far beyond the widths tried, as a factor of the parameters, their line is believed
 PULLED = 32  # images of the batch in which one is an outlier, and
 PULLS = 4  # batches so tried
@@ -184,9 +185,9 @@ class Prober:
         if family_class(self.config.family).widths:
             found += [Job(seed=self.seed, width=width) for width in probe.widths if width != 1]
         if probe.batch != 1:
-            found += [Job(seed=seed, batch=probe.batch) for seed in seeds]
+            found += [Job(seed=seed, batch=probe.batch) for seed in seeds[:REPEATED]]
         if probe.outliers:
-            found += [Job(seed=seed, outliers=probe.outliers) for seed in seeds]
+            found += [Job(seed=seed, outliers=probe.outliers) for seed in seeds[:REPEATED]]
         limit = min(self.data.spec.shape[1:])
         found += [Job(seed=self.seed, size=size) for size in probe.sizes if size != self.size and size <= limit]
         found += [
