@@ -820,7 +820,7 @@ def _trade(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> d
     error = np.sqrt((residuals**2).sum((0, 1)) / df / len(shared))
     draws = points + error * np.random.default_rng(0).standard_t(df, (1000, *points.shape))
     low, high = np.quantile([stats.spearmanr(*each.T).statistic for each in draws], [0.025, 0.975])
-    return _figure(value, low, high, len(rows))
+    return _figure(value, min(low, value), max(high, value), len(rows))  # at an end of its range the noise lies inside
 
 
 def setting(probe: Probe, prober: Prober) -> dict[str, Any]:
