@@ -94,7 +94,9 @@ def write_model(name: str = MODEL, family: str = FAMILY, seed: int = 0, data: st
 
 def write_figures(name: str = MODEL, **metrics: float) -> None:
     """The evaluator's files of a model: its metrics by name, and a timing."""
-    full = {key: {"value": value, "low": value - 1, "high": value + 1, "n": 100} for key, value in metrics.items()}
+    full = {
+        key: {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 100} for key, value in metrics.items()
+    }
     if "bits_per_dim" in full:
         full["bits_per_dim"]["kind"] = "elbo"
     for folder, content in (("metrics", full), ("timing", {"sample_ms": 1.5, "train_seconds": 9.0})):

@@ -132,7 +132,9 @@ def test_only_the_better_challenger_becomes_champion() -> None:
     register.run("smoke")
     model = store_content()[f"model {MODEL}"]
     assert model["aliases"] == {"champion": "1"}
-    assert model["versions"]["2"][0]["genus.decision"] == ("bits_per_dim (elbo) 3.6000 does not beat version 1: 3.5000")
+    assert model["versions"]["2"][0]["genus.decision"] == (
+        "bits_per_dim (elbo) 3.6000 does not beat version 1: 3.5000 by more than chance, 0.0141"
+    )
     assert registry.status([MODEL]) == {MODEL: {"version": "2", "aliases": []}}
     write_model(seed=2)
     write_figures(bits_per_dim=3.4)  # better

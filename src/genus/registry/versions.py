@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import tempfile
 from collections.abc import Iterable
@@ -26,13 +27,17 @@ PRIMARY = ("bits_per_dim", "frechet_distance")  # the first that a model has dec
 
 @dataclass(frozen=True)
 class Figures:
-    """What a version is judged by. ``kind`` says what sort of likelihood it is; ``data`` is the data's hash."""
+    """What a version is judged by. ``kind`` says what sort of likelihood it is; ``data`` is the data's hash.
+
+    ``half`` is half of the figure's 95% interval, 0 where it has none.
+    """
 
     metric: str
     value: float
     kind: str = ""
     n: int = 0
     data: str = ""
+    half: float = 0.0
 
     @classmethod
     def of(cls, metrics: dict[str, Any], data: str) -> Figures | None:
@@ -40,7 +45,9 @@ class Figures:
         for name in PRIMARY:
             found = metrics.get(name) or {}
             if found.get("value") is not None:
-                return cls(name, float(found["value"]), str(found.get("kind") or ""), int(found.get("n") or 0), data)
+                value, kind, n = float(found["value"]), str(found.get("kind") or ""), int(found.get("n") or 0)
+                low, high = found.get("low"), found.get("high")
+                return cls(name, value, kind, n, data, 0.0 if low is None or high is None else (high - low) / 2)
         return None
 
     @classmethod
@@ -49,7 +56,8 @@ class Figures:
         if "genus.metric" not in tags:
             return None
         kind, n, data = (tags.get(f"genus.{name}", "") for name in ("kind", "n", "data_sha256"))
-        return cls(tags["genus.metric"], float(tags["genus.value"]), kind, int(n or 0), data)
+        half = float(tags.get("genus.half") or 0)
+        return cls(tags["genus.metric"], float(tags["genus.value"]), kind, int(n or 0), data, half)
 
     def tags(self) -> dict[str, str]:
         return {
@@ -57,6 +65,7 @@ class Figures:
             "genus.value": repr(self.value),
             "genus.kind": self.kind,
             "genus.n": str(self.n),
+            "genus.half": repr(self.half),
         }
 
     def __str__(self) -> str:
@@ -67,7 +76,8 @@ def decide(challenger: Figures | None, champion: Figures | None, version: str | 
     """Whether a challenger becomes champion, and why. ``version`` is the champion's, None where there is none.
 
     Figures of another metric, another kind of likelihood or other data can't be compared: then the newer stands,
-    because only it speaks of the data and the metric as they are now.
+    because only it speaks of the data and the metric as they are now. Of comparable ones the challenger's must be lower
+    by more than chance: the 95% interval of the difference of two independent figures.
     """
     if version is None:
         return True, f"first champion: {challenger}" if challenger else "first champion, without a figure"
@@ -79,9 +89,11 @@ def decide(challenger: Figures | None, champion: Figures | None, version: str | 
         return True, f"{challenger}; not comparable with version {version}: {champion}"
     if challenger.data != champion.data:
         return True, f"{challenger}; version {version} was measured on other data"
-    if challenger.value < champion.value:
-        return True, f"{challenger} beats version {version}: {champion.value:.4f}"
-    return False, f"{challenger} does not beat version {version}: {champion.value:.4f}"
+    chance = math.hypot(challenger.half, champion.half)
+    told = f"version {version}: {champion.value:.4f}" + (f" by more than chance, {chance:.4f}" if chance else "")
+    if champion.value - challenger.value > chance:
+        return True, f"{challenger} beats {told}"
+    return False, f"{challenger} does not beat {told}"
 
 
 @dataclass
