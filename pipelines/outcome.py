@@ -102,7 +102,7 @@ class Cost:
         return self.processes - self.work + self.flow + self.imports
 
     def __str__(self) -> str:
-        share = f" = {100 * self.orchestration / self.work:.1f}% of it" if self.work else ""
+        share = f" = {100 * self.orchestration / self.work:.1f}% of it" if self.work >= 1 else ""
         return (
             f"orchestration: {self.orchestration:.1f} s beside {self.work:.1f} s of the stages' own work{share} "
             f"({self.processes - self.work:.1f} s process starts and DVC; {self.imports:.1f} s imports for all stages; "
