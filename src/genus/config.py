@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,17 +176,22 @@ def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
     return params
 
 
+def section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
+    """The section that holds the last key of a location, so that one knows which keys would be right there."""
+    section: Any = kind
+    for part in location[:-1]:
+        if isinstance(section, type) and issubclass(section, Section):
+            section = section.model_fields[part].annotation
+        else:  # the values of a dict or a list
+            section = section.__args__[-1]
+    return section
+
+
 def _explain(error: ValidationError, raw: Any) -> str:
     """The first thing wrong, as `key.path: what is wrong`; a misspelt key before the one that is missing for it."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        section: Any = Params
-        for part in location[:-1]:  # follow the location through the sections to know which keys would be right
-            if isinstance(section, type) and issubclass(section, Section):
-                section = section.model_fields[part].annotation
-            else:
-                section = section.__args__[1]
-        return f"{where}: unknown key: {nearest(location[-1], section.model_fields)}"
+        return f"{where}: unknown key: {nearest(location[-1], section_at(Params, location).model_fields)}"
     return f"{where}: {first['msg']}" + (f", not {first['input']!r}" if first["type"] != "missing" else "")

@@ -135,12 +135,13 @@ def written(folder: Path, text: str) -> Path:
 
 def test_adding_a_claim_needs_no_code(tmp_path: Path) -> None:
     """A claim that nobody has thought of, about a measure that is there, is judged as soon as it is written down."""
-    more = "- {id: 8, claim: nor large, property: capacity, families: [flows/one], source: me,"
+    more = "- {id: 8, claim: nor large, property: capacity, families: [flows/glow], source: me,"
     more += " all: [{measure: capacity.parameters, less_than: others}]}\n"
     found = read(written(tmp_path, GOOD + more))
     assert [claim.source for claim in found] == ["a book", "me"]
     rows = properties.table({"a": {"parameters": 8}, "b": {"parameters": 8}})
-    verdicts = judge(found, FAMILIES, {row["key"]: row["cells"] for row in rows})
+    families = {"a": "flows/glow", "b": "vae/vae"}
+    verdicts = judge(found, families, {row["key"]: row["cells"] for row in rows})
     assert [one["verdict"] for one in verdicts] == ["supported", "undecided"]
 
 
@@ -150,7 +151,8 @@ def test_adding_a_claim_needs_no_code(tmp_path: Path) -> None:
         ("capacity.parameters", "capacity.paramters", "claim 7: all.0.measure: capacity.paramters: did you mean"),
         ("at_most: 9", "at_most: 9, at_least: 3", "needs exactly one of at_most"),
         (", at_most: 9", "", "needs exactly one of at_most"),
-        ("at_most: 9", "atmost: 9", "unknown key 'claims.0.all.0.atmost'"),
+        ("at_most: 9", "atmost: 9", "unknown key 'claims.0.all.0.atmost': did you mean 'at_most'?"),
+        ("families: [flows]", "families: [flwos]", "claim 7: families: flwos: did you mean 'flows'?"),
         ("at_most: 9", "at_most: few", "claims.0.all.0.at_most: Input should be a valid number"),
         ("at_most: 9", "less_than: all", "claims.0.all.0.less_than"),
         ("property: capacity", "property: size", "claims.0.property"),

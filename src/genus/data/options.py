@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from genus.config import Section
+from genus.config import Section, section_at
 from genus.errors import UserError, nearest
 
 Kind = TypeVar("Kind", bound=Section)
@@ -19,8 +19,10 @@ def checked(kind: type[Kind], values: dict[str, Any], what: str) -> Kind:
     except ValidationError as error:
         # A misspelt key first: that it also leaves the right one missing says less.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{what}: unknown key '{key}': {nearest(key, kind.model_fields)}") from error
+            hint = nearest(location[-1], section_at(kind, location).model_fields)
+            raise UserError(f"{what}: unknown key '{key}': {hint}") from error
         given = "" if first["type"] == "missing" else f", not {first['input']!r}"
         raise UserError(f"{what}: {key}: {first['msg']}{given}") from error

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from genus.config import Section
+from genus.contract import family_names
 from genus.data.options import checked
 from genus.errors import UserError, nearest
 from genus.evaluation.properties import ROWS
@@ -88,7 +89,11 @@ def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
     if twice:
         raise UserError(f"{path}: two claims have the id {min(twice)}")
     known = [row.key for row in ROWS]
+    families = {part for name in family_names() for part in (name, name.partition("/")[0])}
     for claim in ledger.claims:
+        for family in claim.families:
+            if family not in families and not claim.waits_for:  # else it may be of a family that is still to come
+                raise UserError(f"{path}: claim {claim.id}: families: {family}: {nearest(family, families)}")
         for place, condition in enumerate(claim.all):
             if condition.measure not in known:
                 hint = nearest(condition.measure, known)
