@@ -29,6 +29,8 @@ def test_models_shows_every_family(genus: Call) -> None:
     shown = genus("models")
     assert shown.returncode == 0, shown.stderr
     assert all(name.split("/")[0] in shown.stdout for name in contract.family_names()) and "samples" in shown.stdout
+    said = " ".join(shown.stdout.split())
+    assert "decodes" in said and "denoises" in said, "what only a built model has"
 
 
 @pytest.mark.parametrize(
