@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from genus.errors import UserError, nearest
+from genus.files import read_yaml
 
 Scalar = str | int | float | bool
 
@@ -150,16 +150,7 @@ class Params(Section):
 
 def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
     """Reads and checks params.yaml. Raises UserError naming the key and what would be right."""
-    from ruamel.yaml import YAML, YAMLError
-
-    path = Path(path)
-    try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; run genus in the project's folder") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        where = getattr(getattr(error, "problem_mark", None), "line", None)
-        raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
+    raw = read_yaml(path, "run genus in the project's folder")
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:

@@ -68,6 +68,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not JSON: {error}") from error
 
 
+def read_yaml(path: str | os.PathLike[str], hint: str) -> Any:
+    """The YAML value in a file. Raises UserError, naming file and line, where it is not YAML; ``hint`` if missing."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        return YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {hint}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        where = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +14,7 @@ from genus.contract import family_names
 from genus.data.options import checked
 from genus.errors import UserError, nearest
 from genus.evaluation.properties import ROWS
+from genus.files import read_yaml
 
 Figure = Mapping[str, Any]
 Cells = Mapping[str, Mapping[str, Figure | None]]  # measure: {model: its figure, or None}
@@ -71,16 +71,7 @@ class Ledger(Section):
 
 def read(path: str | os.PathLike[str] = "claims.yaml") -> list[Claim]:
     """Reads and checks the claims. Raises UserError naming the file and the key of the first thing that is wrong."""
-    from ruamel.yaml import YAML, YAMLError
-
-    path = Path(path)
-    try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; it holds the claims that the report judges") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        where = getattr(getattr(error, "problem_mark", None), "line", None)
-        raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
+    raw = read_yaml(path, "it holds the claims that the report judges")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: right would be a mapping with source and claims")
     ledger = checked(Ledger, raw, str(path))

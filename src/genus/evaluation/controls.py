@@ -16,8 +16,8 @@ import numpy as np
 from genus import progress
 from genus.data.loaders import Dataset
 from genus.evaluation import metrics
-from genus.evaluation.judge import Judge, features
-from genus.evaluation.quality import COPIES, Figures, classes, copied, quality
+from genus.evaluation.judge import Judge, classes, features
+from genus.evaluation.quality import COPIES, Figures, copied, quality
 from genus.evaluation.reference import Reference
 
 SAMPLES = 5000  # of each set, where the data are as many

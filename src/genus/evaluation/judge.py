@@ -49,6 +49,13 @@ class Judge(nn.Module):
         return self.head(self.features(x))
 
 
+@torch.inference_mode()
+def classes(judge: Judge, seen: np.ndarray) -> np.ndarray:
+    """The class that the judge gives to each row of its features [N, 128]: int64 [N]."""
+    weight = judge.head.weight
+    return judge.head(torch.from_numpy(seen).to(weight.device, weight.dtype)).argmax(1).cpu().numpy()
+
+
 def train_judge(
     spec: DataSpec,
     images: np.ndarray,

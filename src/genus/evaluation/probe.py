@@ -31,7 +31,7 @@ from genus.contract import Batch, Family, Initialises, Samples, Scores, build, f
 from genus.data.loaders import Dataset
 from genus.errors import UserError
 from genus.evaluation import metrics
-from genus.evaluation.judge import Judge
+from genus.evaluation.judge import Judge, classes
 from genus.training import NonFiniteLoss, Row, autocast, train
 
 REAL = 2000  # validation images that samples are measured against, and draws of the Gaussian control
@@ -150,13 +150,6 @@ def features(judge: Judge, images: np.ndarray, batch_size: int = 250) -> np.ndar
         x = functional.interpolate(judge.spec.to_float(x), size=judge.spec.shape[1:])
         parts.append(judge.features(x).double().cpu().numpy())
     return np.concatenate(parts)
-
-
-@torch.inference_mode()
-def classes(judge: Judge, seen: np.ndarray) -> np.ndarray:
-    """The class that the judge gives to each row of features: int64 [N]."""
-    weight = judge.head.weight
-    return judge.head(torch.from_numpy(seen).to(weight.device, weight.dtype)).argmax(1).cpu().numpy()
 
 
 class Prober:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from genus.data.loaders import Dataset
 from genus.errors import UserError
 from genus.evaluation import metrics
-from genus.evaluation.judge import Judge
+from genus.evaluation.judge import classes
 from genus.evaluation.reference import Reference, View
 
 Figures = dict[str, dict[str, Any]]  # metric: {"value", "low", "high", "n", "floor", "kind", …}
@@ -100,13 +99,6 @@ def _two_sample(seen: dict[str, np.ndarray], reference: Reference, seed: int) ->
     value, low, high, n = metrics.two_sample(real, joined([seen[view.name] for view in views]), seed=seed)
     floor = metrics.two_sample(real, joined([view.train for view in views])[: len(seen["judge"])], seed=seed)[0]
     return {"value": value, "low": low, "high": high, "n": n, "floor": floor, "kind": "judge and pixels"}
-
-
-@torch.inference_mode()
-def classes(judge: Judge, seen: np.ndarray) -> np.ndarray:
-    """The class that the judge gives to each row of its features: int64 [N]."""
-    weight = judge.head.weight
-    return judge.head(torch.from_numpy(seen).to(weight.device, weight.dtype)).argmax(1).cpu().numpy()
 
 
 def _classes(seen: np.ndarray, reference: Reference, names: tuple[str, ...]) -> dict[str, Any]:
