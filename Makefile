@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run run-all test lint ui schedule gpu-check bench clean
+.PHONY: run run-all test lint ui schedule gpu-check bench soak clean
 .DEFAULT_GOAL := run
 
 run: .venv/stamp          # one good model of each family on Fashion-MNIST
@@ -23,7 +23,7 @@ ui: .venv/stamp           # MLflow: runs, sample grids, registry
 	@$(BIN)/genus ui
 
 schedule: .venv/stamp     # nightly, on changed data, or by hand, until Ctrl-C
-	@$(BIN)/python -m pipelines.schedule $(ARGS)
+	@$(BIN)/genus schedule $(ARGS)
 
 gpu-check: .venv/stamp    # one line where there is no GPU
 	@$(BIN)/genus gpu-check
@@ -31,8 +31,11 @@ gpu-check: .venv/stamp    # one line where there is no GPU
 bench: .venv/stamp        # the slow measurements, one script each
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+soak: .venv/stamp         # kill -9 at random moments, 50 times and more: nothing may be lost, changed or left running
+	@$(BIN)/python -m tests.survive.soak $(ARGS)
+
 clean:                    # what a run can make again; data/raw, the DVC cache and the tracking store stay
-	rm -rf .genus logs models/*/ reports data/processed data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .genus logs models/*/ reports data/processed data/origin data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
 
 # A half-made environment has no stamp and is made anew.
 .venv/stamp: requirements.lock pyproject.toml

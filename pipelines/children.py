@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from genus import forkserver
-from genus.errors import UserError
+from genus.errors import TransientError
+from genus.files import is_full
+from pipelines.reaper import GRACE, REAPER, end, let_go
 
 STATE = Path(".genus")
 LOGS = Path("logs")
+GROUPS = STATE / "groups"  # a file a stage, locked while somebody still watches its processes
 FORKS = STATE / "forks.sock"
 
 
@@ -35,11 +37,17 @@ class Ran:
 
 
 class StageFailed(Exception):
-    """A stage's process ended badly. ``user`` is True where the user can mend it (exit status 2)."""
+    """A stage's process ended badly.
 
-    def __init__(self, stage: str, line: str, log: Path, user: bool):
-        super().__init__(f"{stage}: {line} (log: {log})")
-        self.stage, self.line, self.log, self.user = stage, line, log, user
+    ``user`` is True where the user can mend it (exit status 2), ``transient`` where trying again may (75).
+    """
+
+    def __init__(self, stage: str, line: str, log: Path, user: bool, transient: bool = False):
+        super().__init__(stage, line, log, user, transient)  # all of it: it also comes from processes of a cluster
+        self.stage, self.line, self.log, self.user, self.transient = stage, line, log, user, transient
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.line} (log: {self.log})"
 
 
 def log_path(stage: str) -> Path:
@@ -51,15 +59,21 @@ def progress_path(stage: str) -> Path:
     return STATE / "progress" / f"{stage}.json"
 
 
+def retry_path(stage: str) -> Path:
+    """Where it stands, while a stage waits to be tried again, why."""
+    return STATE / "retry" / f"{stage}.json"
+
+
 def work_path(stage: str) -> Path:
     """Where a stage leaves the seconds of its own work when it is done (genus.cli)."""
     return STATE / "work" / f"{stage}.json"
 
 
 class Children:
-    """The running stages' processes."""
+    """The running stages' processes. They end with this process, and with the run that keeps ``run`` locked."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path | None = None) -> None:
+        self._of = run
         self._lock = threading.Lock()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped = False
@@ -69,11 +83,12 @@ class Children:
 
         Raises StageFailed with the one line that says what was wrong.
         """
-        log, progress, work = log_path(stage), progress_path(stage), work_path(stage)
-        for path in (log, progress, work):
+        log, progress, work, lock = log_path(stage), progress_path(stage), work_path(stage), GROUPS / f"{stage}.lock"
+        for path in (log, progress, work, lock):
             path.parent.mkdir(parents=True, exist_ok=True)
-        for path in (progress, work):
+        for path in (progress, work, retry_path(stage)):
             path.unlink(missing_ok=True)
+        let_go(lock)  # by who ends what a killed worker of a cluster has left behind
         # The global flag stands first; without it a lock that is busy for a moment loses the stage's result.
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
         command += ["--force", stage] if force else [stage]
@@ -97,18 +112,22 @@ class Children:
                     env=variables,
                     start_new_session=True,
                 )
+                REAPER.add(process.pid, lock=lock, run=self._of)
                 self._running[stage] = process
             status = process.wait()
+            end([process.pid])  # what a killed process of DVC has left running
+            REAPER.remove(process.pid)
             with self._lock:
                 self._running.pop(stage, None)
         seconds = time.monotonic() - started
         text = log.read_text(encoding="utf-8", errors="replace")
         if status:
             line, user = _what_was_wrong(text, status, self._stopped)
-            raise StageFailed(stage, line, log, user)
+            transient = not self._stopped and _ended_with(text) == TransientError.STATUS
+            raise StageFailed(stage, line, log, user, transient)
         return Ran(stage, f"Running stage '{stage}'" in text, seconds, _read(work).get("seconds", 0.0))
 
-    def stop(self, grace: float = 3.0) -> None:
+    def stop(self, grace: float = GRACE) -> None:
         """Ends every process of every stage: politely, and after ``grace`` seconds for good. Starts no more."""
         with self._lock:
             self._stopped = True
@@ -146,10 +165,21 @@ def _what_was_wrong(text: str, status: int, stopped: bool) -> tuple[str, bool]:
         for line in reversed(lines):
             if line.startswith(mark):
                 return line.removeprefix(mark), user
+    if not lines and is_full(LOGS):
+        return f"{LOGS}: cannot be written: {os.strerror(errno.ENOSPC)}", True
+    killed = -status if status < 0 else {-signal.SIGKILL: 9, 128 + signal.SIGKILL: 9}.get(_ended_with(text), 0)
+    if killed:
+        return f"killed by signal {killed}", False
     # A traceback ends with the exception, and DVC's own lines follow it.
     mine = [line for line in lines if not line.startswith(("ERROR: failed to reproduce", "Use `dvc", "> "))]
     line = mine[-1] if mine and "Traceback" in text else lines[-1] if lines else "nothing in the log"
     return f"{line} (exit status {status})", False
+
+
+def _ended_with(text: str) -> int:
+    """The exit status of the stage itself, as DVC tells it in its log; 0 where it does not."""
+    told = re.findall(r"^ERROR: failed to reproduce .* exited with (-?\d+)$", text, re.MULTILINE)
+    return int(told[-1]) if told else 0
 
 
 def _read(path: Path) -> dict[str, float]:
@@ -157,30 +187,3 @@ def _read(path: Path) -> dict[str, float]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-
-
-@contextlib.contextmanager
-def one_run_at_a_time(path: Path = STATE / "run.lock") -> Iterator[None]:
-    """Holds the run's lock, which the kernel releases however the process ends.
-
-    Raises UserError that names the other process and when it started.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            who = file.read().strip() or "a process that is just starting"
-            raise UserError(f"another run is going on in this folder: {who}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)

@@ -1,100 +1,93 @@
-"""Deployments of the flow: every night, when the raw data has changed, and by hand. ``make schedule``.
+"""``genus schedule``: the flows as deployments, every night, when the raw data has changed, and by hand.
 
-    python -m pipelines.schedule --cron "0 3 * * *" --poll 600 --collection tour
-
-Schedules need a server that goes on while nothing runs: the one PREFECT_API_URL names, else one is started here and
-its pages are on http://127.0.0.1:4200. ``prefect deployment run 'train/manual'`` starts a run by hand, with the
-parameters of pipelines.train.train.
+Schedules need a server that goes on while nothing runs: the one PREFECT_API_URL names, else one is started here.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
+import contextlib
+import socket
 import sys
-from datetime import timedelta
-from pathlib import Path
+import threading
+from collections.abc import Iterator
 from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+from prefect import serve
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.deployments import run_deployment
+from prefect.exceptions import PrefectException
+from prefect.schedules import Cron, Schedule
 
 from genus import config
 from genus.errors import UserError
-from genus.files import write_json
-from genus.quiet import quieten
+from pipelines import flows, server, watch
 
-quieten()
-
-from prefect import flow  # noqa: E402 (its settings are read when it is imported)
-
-from pipelines import server  # noqa: E402
-from pipelines.children import STATE  # noqa: E402
-from pipelines.train import train  # noqa: E402
-
-SEEN = STATE / "sources.json"  # content of each data set's raw files when it was last brought in
+ONE = ConcurrencyLimitConfig(limit=1)
+ONE_OR_NONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
-def content(dataset: config.Dataset) -> str:
-    """SHA-256 over names and bytes of the local files that a data set's options name; empty where there are none."""
-    digest, found = hashlib.sha256(), False
-    for value in dataset.options.values():
-        root = Path(value) if isinstance(value, str) else Path()
-        if root == Path() or not root.exists():
-            continue
-        for path in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
-            digest.update(str(path.relative_to(root)).encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            found = True
-    return digest.hexdigest() if found else ""
-
-
-def changed_data(params: config.Params) -> dict[str, str]:
-    """Data sets whose raw files differ from what was last brought in, with their content now."""
-    seen = json.loads(SEEN.read_text(encoding="utf-8")) if SEEN.exists() else {}
-    now = {name: content(dataset) for name, dataset in params.datasets.items()}
-    return {name: value for name, value in now.items() if value and value != seen.get(name)}
-
-
-@flow(name="watch-data")
-def watch_data() -> list[str]:
-    """Looks at the raw data; where it has changed, ingests it anew and brings its models up to date."""
-    changed = changed_data(config.load())
-    if changed:
-        train(datasets=list(changed), refresh=[f"ingest@{name}" for name in changed])
-        # Only now: a run that failed is tried again at the next look.
-        seen = json.loads(SEEN.read_text(encoding="utf-8")) if SEEN.exists() else {}
-        write_json(SEEN, seen | changed)
-    return list(changed)
-
-
-def deployments(
-    cron: str, poll: float, collection: str
-) -> list[Any]:  # RunnerDeployment, or so Prefect says, a coroutine
-    """The three deployments; none of them runs twice at a time."""
+def deployments(cron: Schedule, collection: str) -> list[Any]:  # RunnerDeployment, or so Prefect says, a coroutine
+    """Nightly, manual, data-changed: none of them runs twice at a time, and the lock keeps them apart."""
+    what = {"collection": collection}
     return [
-        train.to_deployment("nightly", cron=cron, parameters={"collection": collection}, concurrency_limit=1),
-        train.to_deployment("manual", parameters={"collection": collection}, concurrency_limit=1),
-        watch_data.to_deployment("data-changed", interval=timedelta(seconds=poll), concurrency_limit=1),
+        flows.train.to_deployment("nightly", schedule=cron, parameters=what, concurrency_limit=ONE, paused=False),
+        flows.train.to_deployment("manual", parameters=what, concurrency_limit=ONE),
+        flows.watch_data.to_deployment("data-changed", concurrency_limit=ONE_OR_NONE),
     ]
 
 
-def main() -> None:
-    """Serves the deployments until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.schedule", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cron", default="0 3 * * *", help="when the nightly run starts (default: %(default)s)")
-    parser.add_argument("--poll", type=float, default=600, help="seconds between looks at raw data (%(default)s)")
-    parser.add_argument("--collection", default="tour", help="what the nightly run builds (%(default)s)")
-    asked = parser.parse_args()
-    from prefect import serve
-
+def parse(cron: str, timezone: str) -> Schedule:
+    """Raises UserError for what is no cron line or no time zone."""
     try:
-        config.load().collection(asked.collection)
-        server.start(port=4200, services=True)()
-        serve(*deployments(asked.cron, asked.poll, asked.collection), limit=1)
-    except UserError as error:
-        print(f"genus: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ZoneInfo(timezone)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"--timezone: {timezone!r} is no time zone; one is Europe/Zurich") from error
+    try:
+        return Cron(cron, timezone=timezone)
+    except ValueError as error:
+        raise UserError(f"--cron: {cron!r} is not minute, hour, day, month, weekday; '0 3 * * *' is at 3:00") from error
 
 
-if __name__ == "__main__":
-    main()
+def run(cron: str, poll: float, collection: str, timezone: str, port: int) -> None:
+    """Serves the deployments until Ctrl-C. Raises UserError for what the user can mend."""
+    schedule = parse(cron, timezone)
+    config.load().collection(collection)
+    if not server.named() and _taken(port):
+        raise UserError(f"port {port} is taken, perhaps by the schedule of another folder: give another by --port")
+    server.start(port=port, services=True)()
+    with _watching(poll):
+        serve(*deployments(schedule, collection))
+
+
+@contextlib.contextmanager
+def _watching(poll: float) -> Iterator[None]:
+    """Looks at the raw data every ``poll`` seconds; only where it has changed a run of ``data-changed`` is started."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(poll):
+            try:
+                if watch.changed(config.load()):
+                    run_deployment("watch-data/data-changed", timeout=0)
+            except (UserError, OSError, RuntimeError, PrefectException, httpx.HTTPError) as error:
+                # params.yaml is just being edited, a file was moved, the server does not answer: looked at again.
+                print(f"genus: warning: raw data: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False

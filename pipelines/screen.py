@@ -18,6 +18,7 @@ from pipelines.children import log_path, progress_path
 STYLES = {
     "waiting": "dim",
     "running": "bold",
+    "retrying": "yellow",
     "done": "green",
     "cached": "cyan",
     "failed": "bold red",
@@ -57,7 +58,7 @@ class Screen:
             self._live = None
 
     def set(self, stage: str, state: str, *, seconds: float = 0.0, note: str = "") -> None:
-        """A stage's new state: waiting, running, done, cached, failed or left out."""
+        """A stage's new state: waiting, running, retrying, done, cached, failed or left out."""
         with self._lock:
             line = self.lines[stage]
             line.state, line.seconds, line.note = state, seconds, note

@@ -11,47 +11,41 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpx
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
 from rich.console import Console
 
 from genus.config import Params, fixed_threads
-from genus.files import write_json
-from pipelines import outcome, run, server
-from pipelines.children import LOGS, STATE, Children, Ran, StageFailed
+from genus.errors import UserError
+from genus.files import read_json, write_json
+from pipelines import mend, outcome, runner, server
+from pipelines.children import GROUPS, LOGS, STATE, Children, Ran, StageFailed, retry_path
 from pipelines.plan import TRAINS_OR_SAMPLES, Plan, kind
+from pipelines.progress import Progress
+from pipelines.reaper import lasting
 from pipelines.screen import Screen
 
 PREFECT_LOG = LOGS / "prefect.log"
 SECONDS = STATE / "seconds.json"  # what each stage took when it last ran here
+RETRIES = int(os.environ.get("GENUS_RETRIES", "2"))  # of a stage that failed for what may pass
+RETRY_SECONDS = float(os.environ.get("GENUS_RETRY_SECONDS", "10"))  # before the first, twice as many before the next
 
-
-@flow(name="train", validate_parameters=False)
-def train(
-    collection: str = "tour",
-    models: list[str] | None = None,
-    datasets: list[str] | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    refresh: list[str] | None = None,
-) -> None:
-    """What a deployment runs: the same as ``genus run``, from names to the final table."""
-    status = run.run(collection, models or (), datasets or (), jobs=jobs, force=force, refresh=refresh or ())
-    if status:
-        raise RuntimeError(f"the run ended with status {status}: its table and logs/ say why")
+_bodies: dict[str, Callable[[], None]] = {}  # what the flows of the runs in this process do
+_children: dict[str, Children] = {}  # the processes of the runs that go on in this very process
 
 
 @dataclass
@@ -63,12 +57,50 @@ class Walked:
     busy: float = 0.0  # seconds in which at least one stage was running
     imports: float = 0.0  # CPU seconds of the server that stages are forked from
 
-    def has(self, stage: str) -> bool:
-        return stage in {*(done.stage for done in self.ran), *(failure.stage for failure in self.failed)}
-
 
 class RunFailed(Exception):
     """At least one stage failed; so Prefect, too, shows the flow run as failed."""
+
+
+def _stages(run: str, waiting: list[str], forced: list[str]) -> None:
+    """The flow of a run. Its tasks take it along to their workers, which its body, full of locks, could not follow."""
+    _bodies[run]()
+
+
+def run_stage(stage: str, environment: dict[str, str], force: bool, run: str) -> Ran:
+    """Brings one stage up to date: in a thread of the flow, or on a worker of a cluster.
+
+    ``run``: the absolute path of the file that the flow keeps locked while it lasts (``lasting``). Raises StageFailed.
+    """
+    children = _children.get(run)
+    if children is None:  # on a worker
+        os.chdir(Path(run).parents[2])
+        children = Children(Path(run))
+    done = children.run(stage, environment=environment, force=force)
+    if not done.ran and mend.outputs([stage]):  # the cache it was taken from is damaged
+        done = children.run(stage, environment=environment)
+    return done
+
+
+def _transient(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether a stage is to be tried again; leaves the reason for the flow to show."""
+    failure = state.result(raise_on_failure=False)
+    if not isinstance(failure, StageFailed) or not failure.transient:
+        return False
+    if task_run.run_count <= RETRIES:
+        write_json(retry_path(failure.stage), {"line": failure.line, "attempt": task_run.run_count + 1})
+    return True
+
+
+one_stage = task(
+    name="stage",
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=exponential_backoff(backoff_factor=RETRY_SECONDS),
+    retry_condition_fn=_transient,
+)(run_stage)
 
 
 def walk(
@@ -77,40 +109,35 @@ def walk(
     """Runs the waiting stages, each as soon as what it needs is done and a place is free, longest way first.
 
     A stage that fails leaves out what stands downstream of it; the others go on, for their results are no worse, and
-    so does the scorecard, where a failed model has its place.
+    so does the scorecard, where a failed model has its place. GENUS_RUNNER says where they run (pipelines/runner.py);
+    raises UserError where that cannot be had.
     """
     walked, children, screen = Walked(), Children(), Screen(plan.stages, console)
+    where = runner.wanted()
     slots = Slots(params.threads, params.device, jobs)
+    runs, capacity = runner.make(where, len(waiting) if where == "thread" else slots.places)
+    if where not in ("thread", "dask"):  # a worker has its own GPU, or none: CUDA_VISIBLE_DEVICES of its environment
+        slots = Slots(params.threads, "cpu", min(capacity or 1, jobs or capacity or 1))
+    # One name a run: what is left of an earlier one must not take this for its own.
+    run = (STATE / "runs" / f"{os.getpid()}-{time.time_ns()}").absolute()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     seconds = _read_seconds()
     urgency = plan.urgency(seconds)
-    threads: Any = ThreadPoolTaskRunner(max_workers=len(waiting))  # its type parameters do not fit flow's
 
-    @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-    def one_stage(stage: str, environment: dict[str, str], force: bool) -> None:
-        try:
-            done = children.run(stage, environment=environment, force=force)
-        except StageFailed as failure:
-            walked.failed.append(failure)
-            screen.set(stage, "failed", note=failure.line)
-            raise
-        walked.ran.append(done)
-        screen.set(stage, "done" if done.ran else "cached", seconds=done.seconds)
-
-    @flow(name="stages", task_runner=threads, persist_result=False)
-    def stages(waiting: list[str], forced: list[str]) -> None:
+    def body() -> None:
         with _ending(children):  # inside the flow, for Prefect sets a handler of its own when a flow begins
-            in_order(waiting, forced)
+            in_order()
             _show_scorecards(params, walked)
         if walked.failed:
             raise RunFailed(", ".join(failure.stage for failure in walked.failed))
 
-    def in_order(waiting: list[str], forced: list[str]) -> None:
+    def in_order() -> None:
         futures: dict[str, PrefectFuture[Any]] = {}
         running: dict[str, Slot] = {}
         left = list(waiting)
         finished = {stage for stage in plan.stages if stage not in left}
         gone: set[str] = set()  # failed, or left out for that
+        progress = Progress()
         while left or running:
             for stage in sorted(left, key=lambda stage: -urgency[stage]):
                 slot = slots.take(stage) if (finished | gone).issuperset(plan.upstream[stage]) else None
@@ -119,34 +146,81 @@ def walk(
                     running[stage] = slot
                     screen.set(stage, "running")
                     before = [futures[need] for need in plan.upstream[stage] if need in futures and need in finished]
-                    future: PrefectFuture[None] = one_stage.submit(  # type: ignore[call-overload]
-                        stage, slot.environment, stage in forced, wait_for=before
+                    future: PrefectFuture[Ran] = one_stage.submit(  # type: ignore[call-overload]
+                        stage, slot.environment, stage in forced, str(run), wait_for=before
                     )
                     future.add_done_callback(partial(lambda stage, _: ended.put(stage), stage))
                     futures[stage] = future
             begun = time.monotonic()
-            stage = ended.get()
+            stage = next_ended(running, progress)
             walked.busy += time.monotonic() - begun
             slots.free(running.pop(stage))
-            if not walked.has(stage):  # the task never came to its body
-                walked.failed.append(StageFailed(stage, "Prefect could not run it", PREFECT_LOG, user=False))
-                screen.set(stage, "failed", note=f"Prefect could not run it, see {PREFECT_LOG}")
-            if any(failure.stage == stage for failure in walked.failed):
+            done = _outcome(stage, futures[stage])
+            if isinstance(done, StageFailed):
+                walked.failed.append(done)
+                screen.set(stage, "failed", note=done.line)
                 gone.add(stage)
                 for lost in plan.lost(gone):
                     gone.add(lost)
                     left.remove(lost)
                     screen.set(lost, "left out", note=f"{stage} failed")
             else:
+                walked.ran.append(done)
+                screen.set(stage, "done" if done.ran else "cached", seconds=done.seconds)
                 finished.add(stage)
+
+    def next_ended(running: Collection[str], progress: Progress) -> str:
+        """Waits for the next stage to end; shows meanwhile how far the others are."""
+        while True:
+            try:
+                return ended.get(timeout=0.5)
+            except queue.Empty:
+                progress.show(running)
+                for stage in running:
+                    _show_retry(screen, stage)
 
     for stage in plan.stages:
         if stage not in waiting:
             screen.set(stage, "cached")
-    with screen, _prefect_into_log(), suppress(RunFailed):  # its stages are in ``walked``
-        stages(list(waiting), sorted(forced))
+    _bodies[str(run)] = body
+    if where == "thread":
+        _children[str(run)] = children
+    with screen, _prefect_into_log(), lasting(run, GROUPS):
+        try:
+            flow(name="stages", task_runner=runs, persist_result=False)(_stages)(
+                str(run), list(waiting), sorted(forced)
+            )
+        except RunFailed:
+            pass  # its stages are in ``walked``
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"Prefect's server no longer answers ({error}); run again to go on: {PREFECT_LOG}"
+            ) from error
+        finally:
+            _bodies.pop(str(run))
+            _children.pop(str(run), None)
     write_json(SECONDS, seconds | {done.stage: done.seconds for done in walked.ran if done.ran})
     return walked
+
+
+def _outcome(stage: str, future: PrefectFuture[Ran]) -> Ran | StageFailed:
+    """What came of a stage's task that has ended."""
+    future.wait()
+    state = future.state
+    found = state.result(raise_on_failure=False) if state.is_final() else None
+    if isinstance(found, Ran | StageFailed):
+        return found
+    return StageFailed(stage, "Prefect could not run it", PREFECT_LOG, user=False)
+
+
+def _show_retry(screen: Screen, stage: str) -> None:
+    """Says once why a stage waits to be tried again, and when it no longer does."""
+    waits, shown = retry_path(stage).exists(), screen.lines[stage].state == "retrying"
+    if waits and not shown:
+        retry = read_json(retry_path(stage))
+        screen.set(stage, "retrying", note=f"{retry['line']} (attempt {retry['attempt']} of {RETRIES + 1} follows)")
+    elif shown and not waits:
+        screen.set(stage, "running")
 
 
 def _show_scorecards(params: Params, walked: Walked) -> None:
@@ -177,6 +251,7 @@ class Slots:
         gpus = [] if device == "cpu" else _gpus()[:jobs]
         self._gpu = [Slot(gpu, fixed | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
         self._has_gpu = bool(gpus)
+        self.places = len(self._cpu) + len(self._gpu)
 
     def take(self, stage: str) -> Slot | None:
         """A place for the stage; None where none is free now."""

@@ -28,16 +28,21 @@ def prefect() -> Iterator[None]:
         yield
 
 
+def new_project(folder: Path) -> None:
+    """Puts this repository's code, graph and parameters into an empty folder, under git and DVC."""
+    for name in ("dvc.yaml", "params.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+    # Only for DVC to hash; what runs is the installed package.
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project around this repository's code, graph and parameters; the working directory of the test."""
-    for name in ("dvc.yaml", "params.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / ".dvc").mkdir()
-    shutil.copy(ROOT / ".dvc/config", tmp_path / ".dvc/config")
-    # Only for DVC to hash; what runs is the installed package.
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    subprocess.run(["git", "init", "-q", "."], cwd=tmp_path, check=True)
+    new_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path

@@ -123,3 +123,26 @@ def test_a_request_that_is_too_long_is_done_by_the_asker(tmp_path: Path, server:
 def test_what_is_imported_ahead_holds_no_code_of_genus() -> None:
     """A stage must run the code that DVC has hashed, not what the server had read before a change."""
     assert not [name for name in forkserver.LIBRARIES if name.startswith("genus")]
+
+
+def test_a_request_goes_on_without_the_server_and_ends_with_its_supervisor(tmp_path: Path) -> None:
+    code = "import time\nPath('a').write_text(f'{os.getpid()} {os.getppid()}'); Path('a').rename('pids')\n"
+    code = "import os\n" + code + "while not Path('go').exists(): time.sleep(0.02)"
+    with subprocess.Popen([sys.executable, "-c", SERVER, "forks.sock"], cwd=tmp_path, stdin=subprocess.PIPE) as process:
+        wait_for(tmp_path / "forks.sock", 60)
+        first = ask(tmp_path, code)
+        wait_for(tmp_path / "pids", 60)
+        worker, supervisor = map(int, (tmp_path / "pids").read_text().split())
+        (tmp_path / "pids").unlink()
+        second = ask(tmp_path, code)
+        wait_for(tmp_path / "pids", 60)
+        process.kill()
+        assert not gone(worker)
+        os.kill(supervisor, signal.SIGKILL)
+        assert first.wait(60) == 128 + signal.SIGKILL  # what its supervisor's end looks like
+        deadline = time.monotonic() + 20
+        while not gone(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (tmp_path / "go").touch()
+        assert second.wait(60) == 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from genus import forkserver
-from genus.errors import UserError
+from genus.errors import TransientError, UserError
 from genus.quiet import quieten
 
 # What every wrong command line raises; typer has no public name for it.
@@ -28,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
 
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 
@@ -44,6 +49,16 @@ def run(
         int | None, typer.Option(min=1, help="Stages side by side. [default: cores // threads of params.yaml]")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Rerun the selected stages even if nothing changed.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Write this budget into params.yaml first: it multiplies every model's steps.")
+    ] = None,
+    if_busy: Annotated[
+        Literal["fail", "wait", "skip"], typer.Option(help="What to do while another run goes on in this folder.")
+    ] = "fail",
+    runner: Annotated[
+        str,
+        typer.Option(help="Where stages run: thread, dask, or dask:tcp://HOST:PORT. [default: GENUS_RUNNER or thread]"),
+    ] = "",
 ) -> None:
     """Bring a collection up to date: data, training, evaluation, scorecard, registry.
 
@@ -54,9 +69,12 @@ def run(
     """
     if all_ and collection != "tour":
         raise UserError(f"--all and --collection {collection} contradict each other: give one")
+    if runner:
+        os.environ["GENUS_RUNNER"] = runner
+    _pipelines("runner").wanted()  # said before anything is started
     pipeline = _pipelines("run")
-    status = pipeline.run("all" if all_ else collection, _split(models), _split(datasets), jobs=jobs, force=force)
-    raise typer.Exit(status)
+    what = ("all" if all_ else collection, _split(models), _split(datasets))
+    raise typer.Exit(pipeline.run(*what, jobs=jobs, force=force, budget=budget, if_busy=if_busy))
 
 
 @app.command("models")
@@ -114,7 +132,11 @@ def controls(name: Name) -> None:
 
 @app.command()
 def train(name: Name) -> None:
-    """Stage: train model NAME, or go on from its checkpoint, and write models/NAME."""
+    """Stage: train model NAME, or go on from its checkpoint, and write models/NAME.
+
+    GENUS_TORCHRUN="--nproc-per-node 2" trains in two processes, on as many GPUs where there are some. Options are
+    torchrun's: on each of two hosts "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400".
+    """
     _stage("train", name)
 
 
@@ -175,6 +197,193 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     tracking.serve(port)
 
 
+@app.command()
+def schedule(
+    cron: Annotated[
+        str, typer.Option(help="When the nightly run starts: minute, hour, day, month, weekday.")
+    ] = "0 3 * * *",
+    timezone: Annotated[str, typer.Option(help="Of --cron, as Europe/Zurich.")] = "UTC",
+    poll: Annotated[float, typer.Option(min=1, help="Seconds between looks at the raw data.")] = 600,
+    collection: Annotated[str, typer.Option(help="The collection of params.yaml that the runs build.")] = "tour",
+    port: Annotated[int, typer.Option(help="Of Prefect's pages on 127.0.0.1, if no PREFECT_API_URL is set.")] = 4200,
+) -> None:
+    """Run a collection every night, when raw data has changed, and from Prefect's pages, until Ctrl-C.
+
+    Example: `genus schedule --cron "0 3 * * *" --timezone Europe/Zurich`.
+    """
+    _pipelines("schedule").run(cron, poll, collection, timezone, port)
+
+
+Reference = Annotated[
+    str,
+    typer.Argument(metavar="NAME[@ALIAS]", show_default=False, help="A registered model; NAME/3 is its version 3."),
+]
+
+
+@app.command()
+def pull(
+    name: Reference,
+    to: Annotated[Path, typer.Option(help="The folder that becomes the package.", show_default=False)],
+) -> None:
+    """Put a registered model's package into a folder, every file verified by its SHA-256.
+
+    Example: `genus pull fashion-mnist-glow@champion --to glow`.
+    """
+    from genus.registry.pull import pull
+
+    print(pull(name, to))
+
+
+@app.command()
+def sample(
+    name: Reference,
+    out: Annotated[Path, typer.Option(help="A grid as .png, or the stored values as .npy.", show_default=False)],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first; the next has the next.")] = 0,
+    label: Annotated[int | None, typer.Option(help="What to draw, of a model with labels.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the sampler, as temperature.")
+    ] = None,
+) -> None:
+    """Draw from a registered model. A seed gives the same sample, however many are asked for.
+
+    Example: `genus sample fashion-mnist-glow -n 64 --seed 0 --out grid.png --set temperature=0.8`.
+    """
+    if out.suffix not in (".png", ".npy"):
+        raise UserError(f"--out {out}: ends in neither .png nor .npy")
+    knobs = dict(_setting(text) for text in set_ or [])
+
+    import numpy as np
+
+    import genus
+    from genus.files import replacing
+
+    with _one_line():
+        model = genus.load(name)
+        if out.suffix == ".png" and (not model.spec.levels or model.spec.shape[0] == 2):
+            raise UserError(f"--out {out}: {model.name} draws no pictures: write .npy")
+        samples = model.sample(range(seed, seed + n), None if label is None else [label] * n, **knobs)
+    with replacing(out) as temporary:
+        if out.suffix == ".npy":
+            np.save(temporary, samples)
+        else:
+            from PIL import Image
+
+            from genus.pictures import grid
+
+            Image.fromarray(grid(samples, levels=model.spec.levels)).save(temporary)
+    print(out)
+
+
+@app.command()
+def score(
+    name: Reference,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", show_default=False, help="An .npy file, or DATASET:SPLIT of this project.")
+    ],
+    out: Annotated[Path, typer.Option(help="A .parquet file, one row an example.", show_default=False)],
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, where the likelihood is an estimate.")] = 0,
+) -> None:
+    """Write how probable a registered model finds each example: index, nats, bits_per_dim, and their kind.
+
+    DATA holds stored values [N, channels, height, width], uint8 for images.
+
+    Example: `genus score fashion-mnist-glow fashion-mnist:test --out glow.parquet`.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: does not end in .parquet")
+    examples = _examples(data)
+
+    import genus
+    from genus import progress
+    from genus.files import replacing
+
+    with _one_line(data):
+        model = genus.load(name)
+        nats = model.log_prob(examples, seed, lambda done, total: progress.report(done, total, unit="example"))
+
+    import pandas as pd
+
+    bits = model.bits_per_dim(nats)
+    with replacing(out) as temporary:
+        columns = {"index": range(len(nats)), "nats": nats, "bits_per_dim": bits, "kind": model.kind}
+        pd.DataFrame(columns).to_parquet(temporary, index=False)
+    print(f"{out}: {len(nats):,} examples, on average {bits.mean():.4f} bits/dim ({model.kind})")
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[str, typer.Option(help="A version's number. [default: the challenger]")] = "",
+    reason: Annotated[str, typer.Option(help="Kept with the version.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Ask only that it works, not that it is better.")] = False,
+) -> None:
+    """Put a challenger through the gate and make it champion if it passes; exit status 1 where it does not.
+
+    It must work, beat the champion on the validation split by more than chance, and not pay for that with coverage,
+    copied training images or sampling time. --force needs a reason, and so does a version that was rolled back.
+
+    Example: `genus promote fashion-mnist-glow --version 3`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from genus.registry import champions, gate
+
+    number, decision = champions.promote(name, version, reason, force=force)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    if decision.rows:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in gate.HEADINGS:
+            table.add_column(heading, overflow="fold")
+        for row in decision.rows:
+            table.add_row(*row.cells())
+        console.print(table)
+    standing = "is champion" if decision.promoted else "is not champion"
+    console.print(f"{name}: version {number} {standing}: {decision.reason}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if decision.promoted else 1)
+
+
+@app.command()
+def rollback(
+    name: Name, reason: Annotated[str, typer.Option(help="Kept with the version rolled back.", show_default=False)]
+) -> None:
+    """Make the champion before this one champion again. No run promotes the one rolled back by itself.
+
+    Example: `genus rollback fashion-mnist-glow --reason "the samples look washed out"`.
+    """
+    from genus.registry import champions
+
+    gone, back = champions.rollback(name, reason)
+    print(f"{name}: version {back} is champion again instead of version {gone}")
+
+
+@app.command()
+def history(name: Name) -> None:
+    """Show all versions of a model: when, which was champion, what was decided of each and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from genus.registry import champions
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("version", "made", "aliases", "figure", "replaced", "decision", "rolled back"):
+        table.add_column(heading, overflow="fold")
+    for past in champions.history(name):
+        made = f"{past.made:%Y-%m-%d %H:%M}"
+        cells = (
+            past.number,
+            made,
+            ", ".join(past.aliases),
+            past.figure,
+            past.replaces,
+            past.decision,
+            past.rolled_back,
+        )
+        table.add_row(*cells)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150).print(table)
+
+
 @app.command("gpu-check")
 def gpu_check() -> None:
     """Train each family some hundred steps on the GPU in bf16 and compare with float32 on the CPU."""
@@ -233,6 +442,47 @@ class _Imports:
         builtins.__import__ = self._original
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE as the key and a number, truth value or text."""
+    import json
+
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise UserError(f"--set {text}: write KEY=VALUE, as temperature=0.8")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _examples(data: str) -> Any:
+    """The array that DATA of `genus score` means, memory-mapped."""
+    import numpy as np
+
+    if data.endswith(".npy"):
+        try:
+            return np.load(data, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"{data}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(f"{data}: no .npy file: {error}") from error
+    from genus.data.loaders import SPLITS, open_dataset
+
+    dataset, _, split = data.partition(":")
+    if split not in SPLITS:
+        raise UserError(f"{data}: neither a .npy file nor DATASET:SPLIT; the splits are {', '.join(SPLITS)}")
+    return open_dataset(dataset).split(split)
+
+
+@contextlib.contextmanager
+def _one_line(what: str = "") -> Iterator[None]:
+    """What a packaged model refuses, and why, as this program says it."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
+
+
 def _pipelines(module: str) -> Any:
     """A module of pipelines/, which stands beside params.yaml and is not installed with the package."""
     here = Path(__file__).resolve().parents[2]
@@ -252,20 +502,30 @@ def main() -> None:
     quieten()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == 130:  # what typer makes of a Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status)
     except UserError as error:
-        _say(f"error: {error}", 2)
+        _say(f"error: {error}", TransientError.STATUS if isinstance(error, TransientError) else 2)
     except UsageError as error:
         _say(f"error: {error.format_message().rstrip('.')}; see `genus --help`", 2)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS):
+            raise
+        _say(f"error: {error.filename or Path.cwd()}: cannot be written: {error.strerror}", 2)
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped", 130)
     except FloatingPointError as error:
         _say(f"not a finite number: {error}", 1)
     except RuntimeError as error:
-        training = sys.modules.get("genus.training")  # importing torch just to ask would take seconds
-        if training is None or not isinstance(error, training.NonFiniteLoss):
-            raise
-        _say(f"the loss is no longer a number: {error}", 1)
+        # Importing torch just to ask would take seconds.
+        training, parallel = (sys.modules.get(f"genus.{name}") for name in ("training", "parallel"))
+        if training and isinstance(error, training.NonFiniteLoss):
+            _say(f"the loss is no longer a number: {error}", 1)
+        if parallel and isinstance(error, parallel.PeerLost):
+            _say(str(error), 1)
+        raise
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -274,5 +534,13 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _say(line: str, status: int) -> None:
-    print(f"genus: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    line = re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:…@", " ".join(line.split()))  # a store's address, less its password
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # every ``finally`` has run
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(30)  # what stops all processes of a training the first one says, and torchrun ends the others
+    print(f"genus: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+if __name__ == "__main__":  # how torchrun starts it
+    main()

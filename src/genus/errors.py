@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": printed as one line, exit status 2."""
+"""What is printed as one line: "the user can mend this", exit status 2, and "try again later", exit status 75."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input. The message is one line that names the file, key or value and says what would be right."""
+
+
+class TransientError(UserError):
+    """What may be well by itself in a while: a download, a server that does not answer. The flow tries it again."""
+
+    STATUS = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

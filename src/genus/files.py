@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -10,21 +12,27 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genus.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` to write a file or folder to; renames it over ``path`` on success.
 
-    Raises UserError, naming the path, when the disk is full or the folder may not be written.
+    What a killed process has left of an earlier try goes first. Raises UserError, naming the path, when the disk is
+    full or the folder may not be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _clear(path)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}", dir=path.parent))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     try:
@@ -41,10 +49,45 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
     except OSError as error:
         if error.filename is None or Path(error.filename).is_relative_to(scratch):
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{path}: cannot be written: {_why(error, scratch)}") from error
         raise
+    except Exception as error:
+        if "(os error " not in str(error):  # so safetensors, which has an exception of its own, words the system's
+            raise
+        raise UserError(f"{path}: cannot be written: {_why(error, scratch)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes what processes that are no more have left beside ``path``: a kill -9 leaves no time for that."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.*"):
+        writer = left.suffix.removeprefix(".")
+        if writer.isdecimal() and not _alive(int(writer)):
+            if (left / "old").exists() and not path.exists():  # killed between the two renames
+                (left / "old").rename(path)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _why(error: Exception, folder: Path) -> str:
+    """The system's words, also where a library has its own: NumPy says how many numbers are missing, no more."""
+    number = getattr(error, "errno", None) or (errno.ENOSPC if is_full(folder) else None)
+    return os.strerror(number) if number else str(error)
+
+
+def is_full(folder: str | os.PathLike[str]) -> bool:
+    """Whether the disk of a folder has no room left."""
+    return shutil.disk_usage(folder).free < 1 << 16
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -79,6 +122,29 @@ def read_yaml(path: str | os.PathLike[str], hint: str) -> Any:
     except (YAMLError, UnicodeDecodeError) as error:
         where = getattr(getattr(error, "problem_mark", None), "line", None)
         raise UserError(f"{path}: not YAML{f', line {where + 1}' if where is not None else ''}") from error
+
+
+def read_array(path: str | os.PathLike[str], mapped: bool = False) -> np.ndarray:
+    """The array in a .npy file, read or memory-mapped. Raises UserError, naming the file, where it is none."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: unreadable array: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError, naming the file, where it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ Genus as it is when the stage starts, which is the code that DVC has hashed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -38,6 +39,7 @@ LIBRARIES = (
 )
 GRACE = 3.0  # seconds that a stage has to end by itself
 _GONE = (ProcessLookupError, PermissionError, BrokenPipeError)  # the other process has ended meanwhile
+_PR_SET_PDEATHSIG = 1  # Linux's
 _LONGEST = 1 << 17  # bytes of a request: arguments and environment
 
 
@@ -103,6 +105,8 @@ def hand_over(arguments: list[str]) -> int | None:
 def serve(path: Path) -> list[str] | None:
     """Forks a process a request until standard input ends. Returns in each: the arguments there, None in the server."""
     for library in LIBRARIES:
+        if select.select([0], [], [], 0)[0]:  # the one who started it is gone already
+            return None
         importlib.import_module(library)
     gc.freeze()  # the collector would touch, and so copy, every page that the forks share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
@@ -137,8 +141,12 @@ def _supervise(connection: socket.socket) -> list[str] | None:
     if len(descriptors) != 3:
         return None
     request = json.loads(message)
+    supervisor, libc = os.getpid(), ctypes.CDLL(None)
     worker = os.fork()
     if not worker:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would end it where its supervisor is killed
+        if os.getppid() != supervisor:
+            os._exit(128 + signal.SIGKILL)
         os.setpgid(0, 0)
         connection.close()
         for number, descriptor in enumerate(descriptors):

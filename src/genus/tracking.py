@@ -145,6 +145,18 @@ class Run:
         if time.monotonic() >= self._next:
             self.flush()
 
+    def complete(self, rows: list[dict[str, float]]) -> None:
+        """Writes those rows of a whole history that are not in the store: a killed process takes what it has buffered
+        with it, and a resumed one begins after its checkpoint."""
+
+        def fill(client: MlflowClient, run_id: str) -> None:
+            there = {metric.step for metric in client.get_metric_history(run_id, "learning_rate")}
+            self._rows = [(int(time.time() * 1000), row) for row in rows if int(row["step"]) not in there]
+            self._last_row = -1
+            self._write_rows(client)
+
+        self._do(fill)
+
     def image(self, pixels: np.ndarray, step: int) -> None:
         """Logs a grid of samples, uint8 [H, W] or [H, W, 3], for the slider of pictures by step."""
 

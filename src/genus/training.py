@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from genus.config import Train
 from genus.contract import Batch, Family, Initialises
 from genus.errors import UserError
 from genus.files import replacing
+from genus.parallel import ALONE, Group
 
 Row = dict[str, float]  # one line of the history: step, learning rate, gradient norms and the mean of each term
 
@@ -91,6 +94,7 @@ def train(
     steps: int,
     seed: int,
     device: torch.device,
+    processes: Group = ALONE,
     log_every: int = 25,
     checkpoint: Path | None = None,
     checkpoint_every: float = 20.0,
@@ -102,12 +106,17 @@ def train(
 
     Every draw comes from generators seeded by ``seed``, so the same call gives the same bytes, interrupted or not:
     where ``checkpoint`` exists, training goes on from it. ``on_log(row, speed)`` is called every ``log_every`` steps,
-    ``on_samples(model, step)`` with the averaged model after the steps in ``samples_at``.
+    ``on_samples(model, step)`` with the averaged model after the steps in ``samples_at``. A checkpoint that is damaged
+    or cannot be written is said once on stderr and costs time, never the training.
 
-    Raises NonFiniteLoss, naming step and term.
+    Where ``processes`` are several each calls this with the same arguments, but for the callbacks, which are for
+    process 0, as are the checkpoint's file and the result's history: ``config.batch_size`` is what all take together.
+
+    Raises NonFiniteLoss, naming step and term, in every process.
     """
     model.to(device)
     data = _Data(model, images, labels, config, seed, device)
+    mine = processes.share(data.batch_size)
     generator = torch.Generator(device).manual_seed(seed + 1)
     if isinstance(model, Initialises):
         with torch.no_grad():
@@ -117,7 +126,7 @@ def train(
     groups = {name: [p for p in parameters if p.requires_grad] for name, parameters in model.groups().items()}
     optimisers = {name: _optimiser(name, parameters, config) for name, parameters in groups.items()}
     state = _State(model, average, optimisers, generator)
-    step, history = state.load(checkpoint) if checkpoint else (0, [])
+    step, history = state.load(checkpoint, processes, device) if checkpoint else (0, [])
 
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -126,17 +135,19 @@ def train(
     window: list[dict[str, Tensor]] = []  # terms stay on the device: one synchronisation a window, not a step
     while step < steps:
         rates = {name: rate * _schedule(step, steps, config) for name, rate in _rates(groups, config).items()}
-        batch = data.batch(step)
+        batch = data.batch(step, mine)
         seen: dict[str, Tensor] = {}
         updates = iter(model.updates(batch, generator=generator))
         while True:
-            with autocast(device):  # the generator's body runs here: the loss, and what stands after its yield
+            # The generator's body runs here: the loss, and what stands after its yield.
+            with autocast(device), processes.as_one(len(batch.x)):
                 group, terms = next(updates, (None, None))
             if group is None or terms is None:
                 break
             optimiser, parameters = optimisers[group], groups[group]
             optimiser.zero_grad(set_to_none=True)
             terms["loss"].backward(inputs=parameters)
+            processes.average_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
             for slot in optimiser.param_groups:
                 slot["lr"] = rates[group]
@@ -149,7 +160,7 @@ def train(
         if average is not None:
             _average(average, model, min(config.ema, (1 + step) / (10 + step)))
         if step % log_every == 0 or step == steps:
-            row = {"step": float(step), "learning_rate": max(rates.values())} | _means(window, step)
+            row = {"step": float(step), "learning_rate": max(rates.values())} | _means(window, step, processes)
             window = []
             history.append(row)
             elapsed = time.monotonic() - started - apart
@@ -158,16 +169,18 @@ def train(
             if on_log:
                 on_log(row, speed)
             # Only here, where the window is empty: a checkpoint needs no half-filled means.
-            if checkpoint and step < steps and time.monotonic() - saved > checkpoint_every:
+            if checkpoint and not processes.rank and step < steps and time.monotonic() - saved > checkpoint_every:
                 state.save(checkpoint, step, history)
                 saved = time.monotonic()
-        if on_samples and step in samples_at:
+        if step in samples_at:
             pause = time.monotonic()
-            _means(window, step)  # a loss that is no number is said to be one, before samples are drawn from it
-            shown = (average or model).eval()
-            with torch.no_grad():
-                on_samples(shown, step)
-            model.train()
+            # A loss that is no number is said to be one, before samples are drawn from it.
+            _means(window, step, processes)
+            if on_samples:
+                shown = (average or model).eval()
+                with torch.no_grad():
+                    on_samples(shown, step)
+                model.train()
             apart += time.monotonic() - pause
 
     seconds = time.monotonic() - started - apart
@@ -205,18 +218,19 @@ class _Data:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The given rows of this step's batch."""
         a_epoch = len(self.images) // self.batch_size
         epoch, position = divmod(step, a_epoch)
         if epoch != self.epoch:
             order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.images), generator=order).to(self.images.device)
             self.epoch = epoch
-        chosen = self.order[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen = self.order[position * self.batch_size : (position + 1) * self.batch_size][rows]
         stored = self.images[chosen].to(self.device, non_blocking=True)
         if self.flip:
             coin = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 100_003 + position)
-            mirrored = torch.rand(len(stored), generator=coin).lt(0.5).to(self.device)
+            mirrored = torch.rand(self.batch_size, generator=coin)[rows].lt(0.5).to(self.device)
             stored = torch.where(mirrored.view(-1, 1, 1, 1), stored.flip(-1), stored)
         return Batch(self.spec.to_float(stored), self.labels[chosen].to(self.device, non_blocking=True))
 
@@ -253,12 +267,12 @@ def _average(average: Family, model: Family, decay: float) -> None:
         kept.copy_(new)
 
 
-def _means(window: list[dict[str, Tensor]], step: int) -> Row:
-    """Mean of every term over the window. Raises NonFiniteLoss at the first one that is not a number."""
+def _means(window: list[dict[str, Tensor]], step: int, processes: Group) -> Row:
+    """Mean of every term over window and processes. Raises NonFiniteLoss, in all of them, at the first that is none."""
     row: Row = {}
     for name in dict.fromkeys(name for seen in window for name in seen):
         steps = [k for k, seen in enumerate(window) if name in seen]
-        values = torch.stack([window[k][name].float() for k in steps]).cpu()
+        values = processes.mean(torch.stack([window[k][name].float() for k in steps])).cpu()
         if not values.isfinite().all():
             bad = steps[int((~values.isfinite()).nonzero()[0])]
             raise NonFiniteLoss(f"step {step - len(window) + bad + 1}: {name} is {values[steps.index(bad)].item()}")
@@ -267,7 +281,10 @@ def _means(window: list[dict[str, Tensor]], step: int) -> Row:
 
 
 class _State:
-    """Everything a resumed training needs, as one safetensors file (no pickle): written aside and renamed."""
+    """Everything a resumed training needs, as one safetensors file (no pickle): written aside and renamed.
+
+    It holds a hash of its content, for disks and people change bytes and safetensors would not see it.
+    """
 
     def __init__(
         self,
@@ -277,22 +294,40 @@ class _State:
         generator: torch.Generator,
     ):
         self.model, self.average, self.optimisers, self.generator = model, average, optimisers, generator
+        self.warned = False
 
     def save(self, path: Path, step: int, history: list[Row]) -> None:
-        tensors = dict(self._tensors()) | {"generator": self.generator.get_state()}
+        """Keeps the state of the training after ``step``. Where that cannot be, the file before it stays."""
+        tensors = dict(self._tensors()) | {"generator": self.generator.get_state(), "step": torch.tensor(step)}
+        tensors["history"] = torch.frombuffer(bytearray(json.dumps(history).encode()), dtype=torch.uint8)
         for name, optimiser in self.optimisers.items():
             for index, values in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{name}.{index}.{key}": value for key, value in values.items()}
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"step": str(step), "history": json.dumps(history)})
+        tensors["sha256"] = _digest(tensors)
+        try:
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
+        except (UserError, OSError, SafetensorError) as error:
+            if not self.warned:
+                why = str(error).removeprefix(f"{path}: ")
+                _warn(f"{path}: no checkpoint could be written, training goes on without: {why}")
+            self.warned = True
 
-    def load(self, path: Path) -> tuple[int, list[Row]]:
-        if not path.exists():
+    def load(self, path: Path, processes: Group, device: torch.device) -> tuple[int, list[Row]]:
+        """Step and history of the training that goes on; 0 and none where there is no file, or no good one."""
+        content = processes.first(b"" if processes.rank else _content(path), device)
+        if not content:
             return 0, []
-        with safe_open(path, "pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata()
+        try:
+            stored = self._checked(content)
+        except ValueError as error:
+            if not processes.rank:
+                aside = path.with_suffix(".damaged")
+                _warn(f"{path}: {error}; put aside as {aside.name}, training starts from the beginning")
+                with contextlib.suppress(OSError):  # a folder that may not be written: the next save will say so
+                    os.replace(path, aside)
+            return 0, []
         for name, tensor in self._tensors():
             tensor.data.copy_(stored[name])
         self.generator.set_state(stored["generator"])
@@ -302,12 +337,52 @@ class _State:
             for key, value in stored.items():
                 if key.startswith(prefix):
                     index, slot = key.removeprefix(prefix).split(".", 1)
+                    like = optimiser.param_groups[0]["params"][int(index)]
+                    if value.shape == like.shape:  # a fused step walks the memory: the strides must be the same
+                        value = torch.empty_like(like).copy_(value)
                     state.setdefault(int(index), {})[slot] = value
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
-        return int(metadata["step"]), json.loads(metadata["history"])
+        return int(stored["step"]), json.loads(stored["history"].numpy().tobytes())
+
+    def _checked(self, content: bytes) -> dict[str, Tensor]:
+        """The tensors of a checkpoint. Raises ValueError for one that is damaged or not of this training."""
+        try:
+            stored = load(content)
+        except SafetensorError as error:
+            raise ValueError(f"damaged checkpoint: {error}") from error
+        if not torch.equal(stored.pop("sha256", torch.empty(0)), _digest(stored)):
+            raise ValueError("damaged checkpoint: its content is not what was written")
+        wanted = {name: tensor.shape for name, tensor in self._tensors()}
+        found = {name: tensor.shape for name, tensor in stored.items() if name.split(".")[0] in ("model", "average")}
+        if wanted != found:
+            raise ValueError("checkpoint of another model")
+        return stored
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for label, module in (("model", self.model), ("average", self.average)):
             if module is not None:
                 for name, tensor in module.state_dict(keep_vars=True).items():
                     yield f"{label}.{name}", tensor
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes, at least one of them; none where there is no file."""
+    try:
+        return path.read_bytes() or b"\0"
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError:  # a bad block, say: nothing that could be a checkpoint
+        return b"\0"
+
+
+def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    """SHA-256 over names, types, shapes and values: uint8 [32]."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _warn(line: str) -> None:
+    print(f"genus: warning: {' '.join(line.split())}", file=sys.stderr, flush=True)

@@ -17,6 +17,9 @@ params = YAML(typ="safe").load(open("params.yaml"))
 with open("ran.txt", "a") as file:
     file.write(f"{stage}@{name}\\n")
 time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+if f"{stage}@{name}" == os.environ.get("TOY_PASSING") and open("ran.txt").read().count(f"{stage}@{name}") < 3:
+    print("genus: error: nobody answers yet", file=sys.stderr)
+    sys.exit(75)
 if f"{stage}@{name}" in os.environ.get("TOY_FAILS", "").split(","):
     print(f"genus: error: {stage} of {name} is broken on purpose", file=sys.stderr)
     sys.exit(2)
@@ -28,6 +31,7 @@ def write(path, text):
 
 if stage == "ingest":
     write(f"data/processed/{name}/train.npy", name)
+    write(f"data/origin/{name}.json", json.dumps({"files": 0, "sha256": ""}))
 elif stage == "validate":
     write(f"reports/validation/{name}.json", "{}")
 elif stage == "judge":

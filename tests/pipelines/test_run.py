@@ -11,6 +11,8 @@ from prefect.client.orchestration import get_client
 from rich.console import Console
 
 import pipelines.run
+from genus.config import load
+from genus.errors import UserError
 from tests.pipelines.conftest import ran
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -104,16 +106,32 @@ def test_force_reruns_the_selected(toy: Path) -> None:
     assert go(datasets=["new"], force=True, jobs=1)[0] == 0 and ran(toy) == stages * 2
 
 
+def test_budget_is_written_into_params_and_said(project: Path) -> None:
+    params, said = Path("params.yaml"), list[str]()
+    before = params.read_text().splitlines()
+    pipelines.run._set_budget(2.5, said.append)
+    changed = [(old, new) for old, new in zip(before, params.read_text().splitlines(), strict=True) if old != new]
+    assert [new.partition(" #")[0].rstrip() for _, new in changed] == ["budget: 2.5"]
+    assert changed[0][1].partition("#")[2] == changed[0][0].partition("#")[2] != ""  # its comment stays
+    assert said == ["params.yaml: budget 1 is now 2.5, and stays so: DVC keeps the results of both"]
+    pipelines.run._set_budget(2.5, said.append)
+    assert len(said) == 1
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"budget: .*must be above 0"):
+            pipelines.run.run("smoke", budget=wrong)
+    assert load().budget == 2.5
+
+
 def test_reproduced_compares_with_the_committed_lock(toy: Path) -> None:
     assert go(models=["digits-vae"])[0] == 0
     commit(toy, "dvc.lock")
     status, said = go(models=["digits-vae"])
-    # data, validation, judge, controls, four of the model, metrics, pictures; what holds figures of time is no artifact
-    assert status == 0 and "reproduced 10 of 10 artifacts bit for bit" in said
+    # data, origin, validation, judge, controls, four of the model, metrics, pictures; figures of time are no artifacts
+    assert status == 0 and "reproduced 11 of 11 artifacts bit for bit" in said
     params = toy / "params.yaml"
     params.write_text(params.read_text().replace("steps: 7", "steps: 8"))
     status, said = go(models=["digits-vae"])
-    assert status == 0 and "reproduced 7 of 10 artifacts bit for bit" in said
+    assert status == 0 and "reproduced 8 of 11 artifacts bit for bit" in said
     assert "differs: models/digits-vae/weights.safetensors" in said
 
 

@@ -1,50 +1,58 @@
-"""Who becomes champion, case by case."""
+"""What a version is known by, and when there is nothing to decide of it."""
 
 from __future__ import annotations
 
 import pytest
 
-from genus.registry import Figures, decide
+from genus.registry import Figures
+from genus.registry.champions import _before
+from genus.registry.versions import Entry, against
 
-OLD = Figures("bits_per_dim", 3.5, "elbo", 100, "data")
-NOISY = Figures("bits_per_dim", 3.5, "elbo", 100, "data", 0.04)
-UNKNOWN = Figures("frechet_distance", 3.5, "", 100, "data")
+
+def test_density_is_the_figure_where_there_is_one_else_the_samples() -> None:
+    samples = {"frechet_distance": {"value": 40, "n": 9}, "kid": {"value": 0.1}}
+    assert Figures.of(samples) == Figures("frechet_distance", 40.0, "", 9)
+    both = samples | {"bits_per_dim": {"value": 3.0, "low": 2.75, "high": 3.25, "kind": "exact", "n": 7}}
+    assert Figures.of(both) == Figures("bits_per_dim", 3.0, "exact", 7)
+    assert Figures.of({"kid": {"value": 0.1}}) is None
 
 
 @pytest.mark.parametrize(
-    ("challenger", "champion", "version", "better", "why"),
+    ("tags", "decided"),
     [
-        (OLD, None, None, True, "first champion: bits_per_dim (elbo) 3.5000"),
-        (None, None, None, True, "first champion, without a figure"),
-        (Figures("bits_per_dim", 3.4999, "elbo", 100, "data"), OLD, "1", True, "beats version 1: 3.5000"),
-        (OLD, OLD, "1", False, "does not beat version 1: 3.5000"),
-        (Figures("bits_per_dim", 3.46, "elbo", 100, "data", 0.03), NOISY, "1", False, "by more than chance, 0.0500"),
-        (Figures("bits_per_dim", 3.44, "elbo", 100, "data", 0.03), NOISY, "1", True, "beats version 1: 3.5000 by more"),
-        (Figures("bits_per_dim", 3.6, "elbo", 100, "data"), OLD, "7", False, "does not beat version 7"),
-        (Figures("bits_per_dim", 3.6, "exact", 100, "data"), OLD, "1", True, "not comparable with version 1"),
-        (UNKNOWN, OLD, "1", True, "not comparable with version 1"),
-        (Figures("bits_per_dim", 3.6, "elbo", 100, "new"), OLD, "1", True, "measured on other data"),
-        (OLD, None, "1", True, "version 1 has no figure"),
-        (None, OLD, "1", False, "version 1 stays"),
+        ({}, False),
+        ({"genus.decided_against": against("1", "data")}, True),
+        ({"genus.decided_against": against("1", "other")}, False),  # the data have changed
+        ({"genus.decided_against": against("3", "data")}, False),  # the champion has
+        ({"genus.decided_against": against("1", "data").replace("metrics ", "metrics 0")}, False),
+        ({"genus.rolled_back": "ugly"}, True),
     ],
 )
-def test_decision(
-    challenger: Figures | None, champion: Figures | None, version: str | None, better: bool, why: str
-) -> None:
-    decided, reason = decide(challenger, champion, version)
-    assert decided is better
-    assert why in reason
+def test_a_decision_holds_for_its_champion_its_data_and_its_metrics(tags: dict[str, str], decided: bool) -> None:
+    entry = Entry({"1": {}, "2": tags}, {"champion": "1"})
+    assert entry.decided("2", "data") is decided
+    assert entry.decided("1", "data")  # the champion itself
 
 
-def test_density_decides_where_there_is_one_else_the_samples() -> None:
-    samples = {"frechet_distance": {"value": 40, "n": 9}, "kid": {"value": 0.1}}
-    assert Figures.of(samples, "d") == Figures("frechet_distance", 40.0, "", 9, "d")
-    both = samples | {"bits_per_dim": {"value": 3.0, "low": 2.75, "high": 3.25, "kind": "exact", "n": 7}}
-    assert Figures.of(both, "d") == Figures("bits_per_dim", 3.0, "exact", 7, "d", 0.25)
-    assert Figures.of({"kid": {"value": 0.1}}, "d") is None
+def test_versions_without_a_manifest_are_packaged_anew() -> None:
+    tags = {"genus.sha256": "c", "genus.knobs": "{}"}
+    assert Entry({"1": tags}).of("c", {}) is None
+    entry = Entry({"1": tags, "2": tags | {"genus.format": "1"}, "10": tags | {"genus.format": "1"}})
+    assert entry.of("c", {}) == "10" and entry.of("c", {"k": 1}) is None and entry.of("d", {}) is None
 
 
-def test_figures_survive_the_tags_exactly() -> None:
-    figures = Figures("bits_per_dim", 0.1 + 0.2, "elbo", 100, "data", 0.1 * 3)
-    assert Figures.of_tags(figures.tags() | {"genus.data_sha256": "data"}) == figures
-    assert Figures.of_tags({}) is None
+@pytest.mark.parametrize(
+    ("versions", "before"),
+    [
+        ({"1": {}, "2": {}}, None),
+        ({"1": {}, "2": {}, "3": {"genus.replaces": "2"}}, "2"),
+        ({"1": {}, "3": {"genus.replaces": "2"}}, None),  # deleted, and with it who came before
+        ({"1": {}, "2": {"genus.replaces": "1", "genus.rolled_back": "x"}, "3": {"genus.replaces": "2"}}, "1"),
+        (
+            {"2": {"genus.replaces": "3", "genus.rolled_back": "x"}, "3": {"genus.replaces": "2"}},
+            None,
+        ),  # round and round
+    ],
+)
+def test_the_champion_before(versions: dict[str, dict[str, str]], before: str | None) -> None:
+    assert _before(Entry(versions), max(versions)) == before

@@ -10,11 +10,14 @@ import pytest
 
 from genus import registry, tracking
 from genus.errors import UserError
+from genus.registry.champions import rollback
+from genus.registry.gate import Trial
 from genus.stages import register
-from tests.registry.workspace import MODEL, new_store, workspace, write_figures, write_model, write_params
+from tests.registry.workspace import MODEL, new_store, passing, workspace, write_figures, write_model, write_params
 
-__all__ = ["workspace"]  # a fixture
-pytestmark = pytest.mark.usefixtures("workspace")
+__all__ = ["passing", "workspace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace", "passing")
+OTHER = "digits-other"
 
 
 def store_content() -> dict[str, Any]:
@@ -35,6 +38,8 @@ def store_content() -> dict[str, Any]:
             content.setdefault(f"run {run.info.run_name}", []).append(about)
     for model in client.search_registered_models():
         versions = client.search_model_versions(f"name = '{model.name}'")
+        for version in versions:
+            version.tags.pop("genus.manifest")  # the package names its run
         content[f"model {model.name}"] = {
             "aliases": {alias: str(v) for alias, v in client.get_registered_model(model.name).aliases.items()},
             "versions": {str(version.version): (dict(version.tags), version.description) for version in versions},
@@ -59,12 +64,15 @@ def test_fills_an_empty_store_from_the_files() -> None:
     assert history["loss"] == [[10, 1.0], [20, 0.5], [30, 10 / 30]]
     assert history["rare"] == [[20, 20.0]]
     assert history["test/bits_per_dim"] == [[0, 3.5]] and history["timing/sample_ms"] == [[0, 1.5]]
-    assert {"history.csv", "images", "model.json", "samples.png"} <= set(files) and pictures == 2  # and a thumbnail
+    assert {"history.csv", "images", "model.json", "model_card.md", "samples.png"} <= set(
+        files
+    ) and pictures == 2  # and a thumbnail
     assert data == [["digits", ("ab" * 32)[:36]]]
     model = content[f"model {MODEL}"]
     assert model["aliases"] == {"champion": "1"}
-    ((tags, _description),) = model["versions"].values()
-    assert tags["genus.decision"] == "first champion: bits_per_dim (elbo) 3.5000"
+    ((tags, description),) = model["versions"].values()
+    assert tags["genus.decision"] == "it is the first version, and it works" and tags["genus.value"] == "3.5"
+    assert "## Gate: champion (first)" in description
     content_hash = tracking.fingerprint(Path("models") / MODEL)
     assert json.loads(Path("reports/registered/smoke.json").read_text()) == {
         MODEL: {"sha256": content_hash, "metric": "bits_per_dim", "value": 3.5}
@@ -80,7 +88,7 @@ def test_a_second_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(tracking, "client", lambda: pytest.fail("asked the store, though all is settled"))
         register.run("smoke")
     assert store_content() == before
-    monkeypatch.setattr(registry, "settled", lambda files: False)  # neither does doing it all again
+    monkeypatch.setattr(registry, "settled", lambda *_: False)  # neither does doing it all again
     register.run("smoke")
     assert store_content() == before
     assert Path("reports/registered/smoke.json").read_bytes() == report
@@ -124,30 +132,90 @@ def test_the_run_of_the_training_is_found_by_its_content() -> None:
     assert history["loss"] == [[10, 1.0]] and history["test/bits_per_dim"] == [[0, 3.5]]
 
 
-def test_only_the_better_challenger_becomes_champion() -> None:
-    one_model(bits_per_dim=3.5)
+def test_a_new_content_is_the_challenger_until_it_wins(passing: list[Any]) -> None:
+    one_model()
     register.run("smoke")
     write_model(seed=1)
-    write_figures(bits_per_dim=3.6)  # worse
     register.run("smoke")
     model = store_content()[f"model {MODEL}"]
-    assert model["aliases"] == {"champion": "1"}
-    assert model["versions"]["2"][0]["genus.decision"] == (
-        "bits_per_dim (elbo) 3.6000 does not beat version 1: 3.5000 by more than chance, 0.0141"
-    )
-    assert registry.status([MODEL]) == {MODEL: {"version": "2", "aliases": []}}
+    assert model["aliases"] == {"champion": "1", "challenger": "2"}
+    assert model["versions"]["2"][0]["genus.rule"] == "no data"  # to compare them on
+    assert registry.status([MODEL]) == {MODEL: {"version": "2", "aliases": ["challenger"]}}
+    passing[:] = [Trial(fault="bad")]
     write_model(seed=2)
-    write_figures(bits_per_dim=3.4)  # better
     register.run("smoke")
     model = store_content()[f"model {MODEL}"]
-    assert model["aliases"] == {"champion": "3"}
-    assert model["versions"]["3"][0]["genus.replaces"] == "1"
-    write_model(seed=0)  # the files go back to the first: it is known, and no longer the best
-    write_figures(bits_per_dim=3.5)
+    assert model["aliases"] == {"champion": "1", "challenger": "3"}
+    assert model["versions"]["3"][0]["genus.decision"] == "it does not work: bad"
+    write_model(seed=0)  # the files go back to the first: it is known, and champion
     register.run("smoke")
     model = store_content()[f"model {MODEL}"]
-    assert model["aliases"] == {"champion": "3"} and set(model["versions"]) == {"1", "2", "3"}
-    assert registry.status([MODEL]) == {MODEL: {"version": "1", "aliases": []}}
+    assert model["aliases"] == {"champion": "1", "challenger": "3"} and set(model["versions"]) == {"1", "2", "3"}
+    assert registry.status([MODEL]) == {MODEL: {"version": "1", "aliases": ["champion"]}}
+
+
+def test_a_killed_register_is_finished_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_model()
+    from mlflow import MlflowClient
+
+    for method in ("set_registered_model_alias", "update_model_version", "set_model_version_tag"):
+
+        def killed(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(MlflowClient, method, killed)
+            register.run("smoke")
+    register.run("smoke")
+    assert store_content()[f"model {MODEL}"]["aliases"] == {"champion": "1"}
+    assert set(store_content()[f"model {MODEL}"]["versions"]) == {"1"}
+
+
+def advise(**models: str | None) -> None:
+    """The scorecard of the collection, as far as it says who answers which need."""
+    rows = {alias.replace("-", "_"): row for row, alias in register.NEEDS.items()}
+    advice = [{"dataset": "digits", "key": rows[need], "model": model} for need, model in models.items()]
+    Path("reports/scorecard.json").write_text(json.dumps({"advice": advice, "properties": []}))
+
+
+def needs() -> dict[str, str]:
+    """{alias: model/version} of the data set's own registered model."""
+    model = store_content().get("model digits", {"aliases": {}})
+    tags = {alias: model["versions"][number][0] for alias, number in model["aliases"].items()}
+    return {alias: f"{found['genus.model']}/{found['genus.model_version']}" for alias, found in tags.items()}
+
+
+def test_a_data_set_is_asked_by_need() -> None:
+    import mlflow
+
+    write_params(MODEL, OTHER)
+    for seed, name in enumerate((MODEL, OTHER)):
+        write_model(name, seed=seed)
+        write_figures(name, bits_per_dim=3.5)
+    advise(best_density=MODEL, fastest=OTHER, best_quality=OTHER, most_stable=None)
+    register.run("smoke")
+    assert needs() == {"best-density": f"{MODEL}/1", "fastest": f"{OTHER}/1", "best-quality": f"{OTHER}/1"}
+    before = store_content()
+    assert len(before["model digits"]["versions"]) == 2 and len(list(Path("mlflow").rglob("MLmodel"))) == 2
+    register.run("smoke")
+    assert store_content() == before
+    loaded = mlflow.pyfunc.load_model("models:/digits@fastest", suppress_warnings=True)
+    assert loaded.unwrap_python_model().runtime.name == OTHER
+    advise(best_density=MODEL, fastest=MODEL)  # a need without an answer loses its alias
+    register.run("smoke")
+    assert needs() == {"best-density": f"{MODEL}/1", "fastest": f"{MODEL}/1"}
+    assert len(store_content()["model digits"]["versions"]) == 2
+    with pytest.raises(UserError, match=f"digits is a data set.*name one of {OTHER}, {MODEL}"):
+        rollback("digits", "x")
+
+
+def test_what_does_not_work_answers_no_need(passing: list[Any]) -> None:
+    one_model()
+    passing[:] = [Trial(fault="bad")]
+    advise(best_density=MODEL)
+    register.run("smoke")
+    assert needs() == {} and store_content()[f"model {MODEL}"]["aliases"] == {"challenger": "1"}
+    register.run("smoke")
 
 
 def test_other_knobs_make_another_version() -> None:

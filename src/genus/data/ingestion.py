@@ -23,10 +23,11 @@ import numpy as np
 
 from genus import progress
 from genus.config import Dataset
+from genus.data import origin
 from genus.data.loaders import SPLITS
 from genus.data.sources import Broken, Example, open_source
 from genus.errors import UserError
-from genus.files import replacing, sha256
+from genus.files import replacing, sha256, write_json
 
 CHUNK = 1 << 19  # bytes of images, and
 ROWS = 1 << 10  # images that are worked on at once
@@ -38,12 +39,15 @@ TEST_SEED = 0  # a carved test split does not follow the seed: figures of differ
 def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] = "data") -> dict[str, Any]:
     """Makes ``<root>/processed/<name>`` from its source and returns its description (dataset.json).
 
+    What the source was then is said in ``<root>/origin/<name>.json``, beside the data and not in it: training does not
+    depend on it.
     Broken examples go to ``<root>/quarantine/<name>`` with their reasons. The same source, options and seed give the
     same bytes. Raises UserError, and leaves what was there before, where the source cannot be had, more than
     ``config.max_broken`` of it is broken, or the disk is full.
     """
     source = open_source(config.source, config.options)
     about = source.about()
+    raw = origin.content(origin.roots(config))  # before it is read: a later change must not go unnoticed
     quarantine = Path(root) / "quarantine" / name
     with replacing(Path(root) / "processed" / name) as folder:
         (folder / "labels").mkdir(parents=True)
@@ -75,6 +79,7 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / "dataset.json").write_text(text, encoding="utf-8")
+    write_json(Path(root) / "origin" / f"{name}.json", raw)
     return description
 
 

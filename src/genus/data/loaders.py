@@ -11,7 +11,7 @@ import numpy as np
 
 from genus.data.spec import DataSpec
 from genus.errors import UserError
-from genus.files import read_json
+from genus.files import read_array, read_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,11 +26,11 @@ class Dataset:
 
     def split(self, name: str) -> np.ndarray:
         """The stored examples of a split, memory-mapped and read-only."""
-        return _load(self.folder / f"{name}.npy")
+        return read_array(self.folder / f"{name}.npy", mapped=True)
 
     def labels(self, name: str) -> np.ndarray:
         """int64 [N]; all zero where the data has no labels."""
-        return _load(self.folder / "labels" / f"{name}.npy")
+        return read_array(self.folder / "labels" / f"{name}.npy", mapped=True)
 
 
 def open_dataset(name: str, root: str | os.PathLike[str] = "data/processed") -> Dataset:
@@ -40,10 +40,3 @@ def open_dataset(name: str, root: str | os.PathLike[str] = "data/processed") -> 
         raise UserError(f"{folder}: no such data set; `genus ingest {name}` makes it")
     description = read_json(folder / "dataset.json")
     return Dataset(folder, DataSpec.from_json(description["spec"]), description)
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable array: {error}") from error

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from genus.config import Backbone
 from genus.data.loaders import Dataset
@@ -16,7 +16,7 @@ from genus.errors import UserError
 from genus.evaluation import metrics
 from genus.evaluation.features import Components, Extract, backbone
 from genus.evaluation.judge import Judge, accuracy, features
-from genus.files import read_json, replacing, write_json
+from genus.files import read_array, read_json, read_tensors, replacing, write_json
 
 SAMPLES = 10_000  # of the Gaussian control, and at most of train features for the floors
 
@@ -99,15 +99,12 @@ def open_reference(data: Dataset, folder: str | os.PathLike[str]) -> Reference:
         raise UserError(f"{folder}: no judge yet, or an older version's; `genus judge {data.folder.name}` trains it")
     about = read_json(folder / "judge.json")
     judge = Judge(data.spec)
-    judge.load_state_dict(load_file(folder / "weights.safetensors"))
-    stored = np.load(folder / "components.npy", allow_pickle=False)
+    judge.load_state_dict(read_tensors(folder / "weights.safetensors"))
+    stored = read_array(folder / "components.npy")
     config = Backbone.model_validate(about["backbone"]) if about["backbone"] else None
     views = {}
     for name, extract in _extracts(judge.eval(), Components(stored[0], stored[1:].T), data, config).items():
-        test, train = (
-            np.load(folder / f"{name}-{split}.npy", allow_pickle=False).astype(np.float64)
-            for split in ("test", "train")
-        )
+        test, train = (read_array(folder / f"{name}-{split}.npy").astype(np.float64) for split in ("test", "train"))
         views[name] = View(name, extract, test, train, about["controls"][name], metrics.Frechet(test))
     return Reference(judge, about["accuracy"], views)
 

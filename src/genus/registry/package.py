@@ -1,7 +1,7 @@
 """Packages: a trained model that loads where this repository is not.
 
-An MLflow pyfunc made of readable parts: safetensors weights, model.json, and the few files of Genus that this family
-needs, found by following its imports. Nothing in it is pickled.
+An MLflow pyfunc made of readable parts: safetensors weights, model.json, a card, and the few files of Genus that this
+family needs, found by following its imports. Nothing in it is pickled, and a manifest holds the hash of every file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -18,8 +17,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import genus
 from genus.errors import UserError
-from genus.files import read_json, replacing
+from genus.files import read_json, replacing, sha256, write_json
+from genus.registry.card import card
+from genus.registry.runtime import settable
 
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature
@@ -27,25 +29,34 @@ if TYPE_CHECKING:
     from genus.contract import Family
 
 ROOT = Path(__file__).parents[1]  # the package genus
+FORMAT = 1  # of packages: what this Genus writes, and the newest that it reads
+MANIFEST = "artifacts/manifest.json"
+LEFT_BY_MLFLOW = "registered_model_meta"
 REQUIREMENTS = ("torch", "numpy", "safetensors", "pandas", "mlflow")
 
 
 def package(
-    folder: str | os.PathLike[str], destination: str | os.PathLike[str], knobs: dict[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    knobs: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes ``models/<model>/`` as an MLflow model to the folder ``destination``, whole or not at all.
+    """Writes ``models/<model>/`` as a sealed MLflow model to the folder ``destination``, whole or not at all.
 
-    ``knobs`` are the defaults of the family's sample() that the model was evaluated with.
+    ``knobs`` are the defaults of the family's sample() that the model was evaluated with; ``facts`` is what its card
+    tells beside model.json, see ``card``.
     """
     with replacing(destination) as temporary:
-        save(Path(folder), temporary, knobs or {})
+        save(Path(folder), temporary, knobs or {}, facts)
+        seal(temporary)
 
 
-def save(folder: Path, destination: Path, knobs: dict[str, Any]) -> Model:
-    """Writes the package and returns its description, which is the file MLmodel.
+def save(folder: Path, destination: Path, knobs: dict[str, Any], facts: dict[str, Any] | None = None) -> Model:
+    """Writes the package, all but its manifest, and returns its description, which is the file MLmodel.
 
-    The files that ``mlflow.pyfunc.save_model`` writes, but for the machine's paths, which that one puts in, and for
-    the seconds in which it compares the requirements with everything installed here.
+    Whoever changes a file after that calls ``seal`` last. The files are those that ``mlflow.pyfunc.save_model`` writes,
+    but for the machine's paths, which that one puts in, and for the seconds in which it compares the requirements with
+    everything installed here.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -57,11 +68,17 @@ def save(folder: Path, destination: Path, knobs: dict[str, Any]) -> Model:
     for name in ("weights.safetensors", "model.json"):
         shutil.copy2(folder / name, artifacts)
     write_code(about["family"], artifacts / "code")
-    shutil.copy2(Path(__file__).with_name("served.py"), destination)
+    here = Path(__file__)
+    shutil.copy2(here.with_name("runtime.py"), artifacts / "code")
+    shutil.copy2(here.with_name("served.py"), destination)
+    taken = settable(family, knobs)
+    write_json(artifacts / "knobs.json", taken)
+    told = {"knobs": taken, "kind": getattr(family, "density", None), **(facts or {})}
+    (destination / "README.md").write_text(card(about, told), encoding="utf-8")
 
     model = Model(about["name"])
-    model.signature = _signature(family, about, knobs)
-    parts = {"weights": "weights.safetensors", "model": "model.json", "code": "code"}
+    model.signature = _signature(about, taken)
+    parts = {"weights": "weights.safetensors", "model": "model.json", "knobs": "knobs.json", "code": "code"}
     mlflow.pyfunc.add_to_model(
         model,
         loader_module="mlflow.pyfunc.loaders.code_model",
@@ -84,12 +101,32 @@ def save(folder: Path, destination: Path, knobs: dict[str, Any]) -> Model:
     return model
 
 
+def seal(folder: Path) -> str:
+    """Writes artifacts/manifest.json, the SHA-256 of every other file of a package; returns its own, hex.
+
+    The last thing done to a package: its registry keeps the hash as the version's tag ``genus.manifest``.
+    """
+    files = {path: sha256(folder / path) for path in contents(folder)}
+    write_json(folder / MANIFEST, {"format": FORMAT, "genus": genus.__version__, "files": files})
+    return sha256(folder / MANIFEST)
+
+
+def contents(folder: Path) -> list[str]:
+    """Every file of a package but its manifest, and but what is left there where it is used: what Python compiled
+    beside the sources, and MLflow's note of the version it loaded. ``runtime.load`` reads none of these.
+    """
+    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = (path.as_posix() for path in found if "__pycache__" not in path.parts)
+    return sorted(name for name in names if name not in (MANIFEST, LEFT_BY_MLFLOW))
+
+
 def write_code(family: str, destination: Path) -> str:
     """Writes the sources that ``family`` (flows/glow) needs as one package; returns the package's name.
 
     The name is genus_<hash of the sources>, so that it never meets another version's code, nor an installed Genus.
     """
     sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in _closure(f"families/{family}.py")}
+    sources["__init__.py"] = '"""The part of Genus that this model needs."""\n'
     content = hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
     name = f"genus_{content[:12]}"
     for path, text in sources.items():
@@ -108,6 +145,8 @@ def _closure(first: str) -> set[str]:
         if path in found:
             continue
         found.add(path)
+        if path == "__init__.py":  # the package's front door leads everywhere
+            continue
         waiting += [f"{parent}/__init__.py" if str(parent) != "." else "__init__.py" for parent in Path(path).parents]
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             names: list[str] = []
@@ -141,22 +180,16 @@ def _fitting(folder: Path, about: dict[str, Any]) -> Family:
     return family
 
 
-def _signature(family: Family, about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
-    """Input: a seed a row. Params: what the family's sample() takes by keyword, with its defaults."""
+def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
+    """Input: a seed a row, and a label where the model takes one. Params: the knobs, with their defaults."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    from genus.contract import Samples
-
-    taken = inspect.signature(family.sample).parameters if isinstance(family, Samples) else {}
-    defaults = {name: p.default for name, p in taken.items() if name not in ("n", "generator", "cond")}
-    defaults = {name: knobs.get(name, default) for name, default in defaults.items()}
-    usable = {name: value for name, value in defaults.items() if isinstance(value, bool | int | float | str)}
-    params = [ParamSpec(name, _kind(value), value) for name, value in sorted(usable.items())]
     dtype = np.dtype(np.uint8 if about["spec"]["levels"] else np.float32)
+    params = [ParamSpec(name, _kind(value), value) for name, value in knobs.items()]
     return ModelSignature(
-        inputs=Schema([ColSpec("long", "seed")]),
+        inputs=Schema([ColSpec("long", "seed"), ColSpec("long", "label", required=False)]),
         outputs=Schema([TensorSpec(dtype, (-1, *about["spec"]["shape"]))]),
         params=ParamSchema(params) if params else None,  # type: ignore[arg-type]
     )

@@ -1,62 +1,81 @@
 """The model as MLflow serves it: one row of input is one sample.
 
-MLflow runs this file (models-from-code) where Genus is not installed. The model's own code lies beside the weights,
-as a package whose name holds the hash of that code: versions with different code live in one process side by side.
+MLflow runs this file (models-from-code) where Genus is not installed. What draws lies beside the weights, in
+code/runtime.py; here its refusals become MLflow's, which a server answers with 400.
 """
 
-import importlib
-import json
+import functools
+import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc import PyFuncModel, PythonModel, PythonModelContext
 
 
 class Sampler(PythonModel):
     """Draws the sample that belongs to a seed, the same whatever else is in the request."""
 
-    def load_context(self, context: PythonModelContext) -> None:
-        import torch
-        from safetensors.torch import load_file
+    genus = True  # by which the guard below knows its own
 
-        about = json.loads(Path(context.artifacts["model"]).read_text(encoding="utf-8"))
+    def load_context(self, context: PythonModelContext) -> None:
+        _refuse_the_unknown()
         code = Path(context.artifacts["code"])
-        package = next(code.glob("genus_*")).name
-        if str(code) not in sys.path:
-            sys.path.append(str(code))
-        importlib.invalidate_caches()
+        spec: Any = importlib.util.spec_from_file_location("genus_package_runtime", code / "runtime.py")
+        runtime: Any = importlib.util.module_from_spec(spec)
         compiled, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the package stays as it was made
         try:
-            spec = importlib.import_module(f"{package}.data.spec").DataSpec.from_json(about["spec"])
-            family = importlib.import_module(f"{package}.families.{about['family'].replace('/', '.')}").Model
+            spec.loader.exec_module(runtime)
         finally:
             sys.dont_write_bytecode = compiled
-        state = torch.random.get_rng_state()  # building draws weights that the stored ones replace: leave no trace
-        self.model = family(spec, **about["params"])
-        torch.random.set_rng_state(state)
-        self.model.load_state_dict(load_file(context.artifacts["weights"]))
-        self.model.eval()
+        self.runtime = runtime.Runtime(code.parent)
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
-        """``model_input``: column ``seed``. ``params``: what the family's sample() takes. uint8 [rows, C, H, W]."""
-        import torch
-
-        knobs = {name: getattr(value, "item", lambda value=value: value)() for name, value in (params or {}).items()}
-        spec, threads = self.model.spec, torch.get_num_threads()
-        rows = np.zeros((len(model_input), *spec.shape), np.uint8 if spec.levels else np.float32)
-        torch.set_num_threads(1)  # sums, and so bytes, depend on how many threads share them
+        """``model_input``: columns ``seed`` and ``label``, which models without labels refuse. ``params``: what the
+        family's sample() takes. Stored values [rows, *shape], uint8 for images.
+        """
         try:
-            with torch.inference_mode():
-                for row, seed in enumerate(model_input["seed"]):  # one by one: sums depend on the batch as well
-                    generator = torch.Generator().manual_seed(int(seed))
-                    x = self.model.sample(1, generator=generator, **knobs)
-                    rows[row] = spec.to_stored(x.float())[0].numpy()
-        finally:
-            torch.set_num_threads(threads)
-        return rows
+            return self.runtime.sample(model_input["seed"], model_input.get("label"), **(params or {}))
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def check(self, data, params):
+        """``data`` as it may go on. Raises MlflowException for params and columns that MLflow would drop in silence."""
+        columns = set(data.columns) if isinstance(data, pd.DataFrame) else set(data) if isinstance(data, dict) else ()
+        unknown = sorted(str(name) for name in columns if name not in ("seed", "label"))
+        if unknown:
+            raise MlflowException.invalid_parameter_value(f"no column '{unknown[0]}' is known: seed, label")
+        try:
+            self.runtime.check(params or {})
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        if isinstance(data, pd.DataFrame) and "label" in data and data["label"].isna().all():
+            return data.drop(columns="label")  # so Spark sends an optional column that it was not given
+        return data
+
+
+def _refuse_the_unknown() -> None:
+    """MLflow drops params and columns that the signature has not, before a model can see them: a misspelt temperature
+    would draw as if none had been asked for. So models like ours are asked before that. Other models are untouched.
+    Spark's ``spark_udf`` drops params on its driver, where no package is loaded: there MLflow's warning is all.
+    """
+    plain: Any = PyFuncModel.predict
+    if hasattr(plain, "genus"):
+        return
+
+    @functools.wraps(plain)
+    def asked(self, data, params=None):
+        model: Any = getattr(getattr(self, "_model_impl", None), "python_model", None)
+        if getattr(model, "genus", False):
+            data = model.check(data, params)
+        return plain(self, data, params=params)
+
+    guarded: Any = PyFuncModel
+    guarded.predict = asked
+    guarded.predict.genus = True
 
 
 set_model(Sampler())

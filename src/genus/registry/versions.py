@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-import math
 import sqlite3
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,49 +15,35 @@ from typing import TYPE_CHECKING, Any
 from genus import tracking
 from genus.errors import UserError
 from genus.files import read_json
-from genus.registry.package import save
+from genus.registry.gate import METRICS
+from genus.registry.package import FORMAT, save, seal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-CHAMPION = "champion"
-PRIMARY = ("bits_per_dim", "frechet_distance")  # the first that a model has decides; lower is better
+CHAMPION, CHALLENGER = "champion", "challenger"
+PRIMARY = ("bits_per_dim", "frechet_distance")  # what a version is known by: the first that it has
+Needs = Mapping[str, Mapping[str, str]]  # {data set: {alias: model}}: who answers which need
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a version is judged by. ``kind`` says what sort of likelihood it is; ``data`` is the data's hash.
-
-    ``half`` is half of the figure's 95% interval, 0 where it has none.
-    """
+    """The evaluator's figure of a version, on the test split: for people; the gate measures for itself."""
 
     metric: str
     value: float
-    kind: str = ""
+    kind: str = ""  # of a likelihood
     n: int = 0
-    data: str = ""
-    half: float = 0.0
 
     @classmethod
-    def of(cls, metrics: dict[str, Any], data: str) -> Figures | None:
+    def of(cls, metrics: dict[str, Any]) -> Figures | None:
         """From reports/metrics/<model>.json; None for a model that has neither metric."""
         for name in PRIMARY:
             found = metrics.get(name) or {}
             if found.get("value") is not None:
-                value, kind, n = float(found["value"]), str(found.get("kind") or ""), int(found.get("n") or 0)
-                low, high = found.get("low"), found.get("high")
-                return cls(name, value, kind, n, data, 0.0 if low is None or high is None else (high - low) / 2)
+                return cls(name, float(found["value"]), str(found.get("kind") or ""), int(found.get("n") or 0))
         return None
-
-    @classmethod
-    def of_tags(cls, tags: dict[str, str]) -> Figures | None:
-        """As a version's tags keep them."""
-        if "genus.metric" not in tags:
-            return None
-        kind, n, data = (tags.get(f"genus.{name}", "") for name in ("kind", "n", "data_sha256"))
-        half = float(tags.get("genus.half") or 0)
-        return cls(tags["genus.metric"], float(tags["genus.value"]), kind, int(n or 0), data, half)
 
     def tags(self) -> dict[str, str]:
         return {
@@ -65,35 +51,7 @@ class Figures:
             "genus.value": repr(self.value),
             "genus.kind": self.kind,
             "genus.n": str(self.n),
-            "genus.half": repr(self.half),
         }
-
-    def __str__(self) -> str:
-        return f"{self.metric}{f' ({self.kind})' if self.kind else ''} {self.value:.4f}"
-
-
-def decide(challenger: Figures | None, champion: Figures | None, version: str | None) -> tuple[bool, str]:
-    """Whether a challenger becomes champion, and why. ``version`` is the champion's, None where there is none.
-
-    Figures of another metric, another kind of likelihood or other data can't be compared: then the newer stands,
-    because only it speaks of the data and the metric as they are now. Of comparable ones the challenger's must be lower
-    by more than chance: the 95% interval of the difference of two independent figures.
-    """
-    if version is None:
-        return True, f"first champion: {challenger}" if challenger else "first champion, without a figure"
-    if challenger is None:
-        return False, f"version {version} stays: no figure to beat it with"
-    if champion is None:
-        return True, f"{challenger}; version {version} has no figure"
-    if (challenger.metric, challenger.kind) != (champion.metric, champion.kind):
-        return True, f"{challenger}; not comparable with version {version}: {champion}"
-    if challenger.data != champion.data:
-        return True, f"{challenger}; version {version} was measured on other data"
-    chance = math.hypot(challenger.half, champion.half)
-    told = f"version {version}: {champion.value:.4f}" + (f" by more than chance, {chance:.4f}" if chance else "")
-    if champion.value - challenger.value > chance:
-        return True, f"{challenger} beats {told}"
-    return False, f"{challenger} does not beat {told}"
 
 
 @dataclass
@@ -104,65 +62,122 @@ class Entry:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def of(self, content: str, knobs: dict[str, Any]) -> str | None:
-        """The version with this content that is packaged with these knobs; the newest where there are several."""
-        wanted = {"genus.sha256": content, "genus.knobs": _knobs(knobs)}
+        """The version with this content that is packaged with these knobs, as packages are now; the newest of several.
+
+        Versions of an older Genus have no manifest and can't be verified: their content is packaged anew.
+        """
+        wanted = {"genus.sha256": content, "genus.knobs": _knobs(knobs), "genus.format": str(FORMAT)}
         found = [number for number, tags in self.versions.items() if wanted.items() <= tags.items()]
         return max(found, key=int, default=None)
 
+    def decided(self, number: str, data: str) -> bool:
+        """Whether nothing is to be decided of a version: it is champion, was rolled back, or lost to this champion."""
+        holder, tags = self.aliases.get(CHAMPION), self.versions[number]
+        return (
+            number == holder
+            or "genus.rolled_back" in tags
+            or tags.get("genus.decided_against") == against(holder, data)
+        )
 
-def register(
-    client: MlflowClient, folder: Path, run: Run, figures: Figures | None, knobs: dict[str, Any], files: str
+    def serves(self, number: str) -> bool:
+        """Whether a version may answer a need: it works, and nobody has rolled it back."""
+        tags = self.versions[number]
+        return tags.get("genus.works") == "yes" and "genus.rolled_back" not in tags
+
+
+def against(holder: str | None, data: str) -> str:
+    """What a decision holds for: the champion, the definition of the metrics and the data's hash."""
+    return f"version {holder or 'none'}, metrics {METRICS}, data {data or 'none'}"
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Who changes the registry from this folder waits for others who do."""
+    Path(".genus").mkdir(exist_ok=True)
+    with open(".genus/register.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def ensure(
+    client: MlflowClient,
+    folder: Path,
+    run: Run,
+    figures: Figures | None,
+    knobs: dict[str, Any],
+    facts: dict[str, Any],
 ) -> str:
-    """The version of ``models/<model>/``, registered if its content is new, with its tags and aliases set; its number.
+    """The version of ``models/<model>/``, made if its content is new: then it is the challenger. Its number.
 
-    ``knobs`` are the defaults of the family's sample() that the package gets, ``files`` the hash of all the files
-    behind it, by which ``settled`` knows it again. Running it again changes nothing.
+    ``knobs`` are the defaults of the family's sample() that the package gets, ``facts`` what its card tells.
     """
     about = read_json(folder / "model.json")
     name = about["name"]
-    entry = _ask(client, name)
+    entry = ask(client, name)
     if entry is None:
         client.create_registered_model(name, description=f"{about['family']} on {about['dataset']}. {about['paper']}")
         entry = Entry()
-    version = entry.of(tracking.fingerprint(folder), knobs) or _create(client, folder, about, run, knobs)
-    tags = figures.tags() if figures else {}
-    holder = entry.aliases.get(CHAMPION)
-    if holder != version:
-        champion = Figures.of_tags(entry.versions.get(holder or "", {}))
-        better, tags["genus.decision"] = decide(figures, champion, holder)
-        if better:
-            if holder is not None:
-                tags["genus.replaces"] = holder
-            client.set_registered_model_alias(name, CHAMPION, version)
-    tags["genus.files"] = files  # the last: where it stands, all the rest does
+    number = entry.of(tracking.fingerprint(folder), knobs)
+    if number is None:
+        number = _create(client, folder, about, run, knobs, facts)
+        entry.versions[number] = {}
+    tags = entry.versions[number]
+    set_tags(client, name, number, figures.tags() if figures else {}, tags)
+    newest = number == max(entry.versions, key=int)
+    if newest and entry.aliases.get(CHAMPION) != number and "genus.decided_against" not in tags:
+        client.set_registered_model_alias(name, CHALLENGER, number)
+    return number
+
+
+def set_tags(client: MlflowClient, name: str, number: str, tags: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Sets the tags that are not ``there`` already."""
     for key, value in tags.items():
-        if entry.versions.get(version, {}).get(key) != value:
-            client.set_model_version_tag(name, version, key, value)
-    return version
+        if there.get(key) != value:
+            client.set_model_version_tag(name, number, key, value)
 
 
-def settled(files: dict[str, str]) -> bool:
-    """Whether the registry already says all that these files say: {model: hash of the files behind it}. Quick."""
-    entries = _look(files)
+def settled(files: Mapping[str, str], data: Mapping[str, str], needs: Needs) -> bool:
+    """Whether the registry already says all that these files say. Quick.
+
+    ``files``: {model: hash of the files behind it}; ``data``: {model: hash of the data that it would be judged on}.
+    """
+    entries = _look([*files, *needs])
+    numbers: dict[str, str] = {}
     for name, content in files.items():
         entry = entries.get(name, Entry())
-        if CHAMPION not in entry.aliases or content not in {t.get("genus.files") for t in entry.versions.values()}:
+        same = [number for number, tags in entry.versions.items() if tags.get("genus.files") == content]
+        if not same or not entry.decided(max(same, key=int), data[name]):
+            return False
+        numbers[name] = max(same, key=int)
+    for dataset, wanted in needs.items():
+        entry = entries.get(dataset, Entry())
+        there = {alias: entry.versions.get(number, {}) for alias, number in entry.aliases.items()}
+        found = {alias: (tags.get("genus.model"), tags.get("genus.model_version")) for alias, tags in there.items()}
+        if found != {
+            alias: (model, numbers[model])
+            for alias, model in wanted.items()
+            if model in numbers and entries[model].serves(numbers[model])
+        }:
             return False
     return True
 
 
-def _create(client: MlflowClient, folder: Path, about: dict[str, Any], run: Run, knobs: dict[str, Any]) -> str:
+def _create(
+    client: MlflowClient, folder: Path, about: dict[str, Any], run: Run, knobs: dict[str, Any], facts: dict[str, Any]
+) -> str:
     """Packages the model, ties the package to its run and makes a version of it; the version's number."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     name, run_id, experiment = about["name"], run.info.run_id, run.info.experiment_id
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "package"
-        described = save(folder, path, knobs)
+        described = save(folder, path, knobs, facts)
         logged = client.create_logged_model(experiment, name, source_run_id=run_id, model_type=about["family"])
         described.run_id, described.model_id, described.model_uuid = run_id, logged.model_id, logged.model_id
         described.save(str(path / "MLmodel"))
+        manifest = seal(path)
         client.log_model_artifacts(logged.model_id, str(path))
+        client.log_text(run_id, (path / "README.md").read_text(encoding="utf-8"), "model_card.md")
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=about["steps"])])
     made = client.create_model_version(
@@ -172,8 +187,11 @@ def _create(client: MlflowClient, folder: Path, about: dict[str, Any], run: Run,
         model_id=logged.model_id,
         tags={
             "genus.sha256": tracking.fingerprint(folder),
+            "genus.manifest": manifest,
+            "genus.format": str(FORMAT),
             "genus.knobs": _knobs(knobs),
             "genus.family": about["family"],
+            "genus.dataset": about["dataset"],
             "genus.data_sha256": about["data_sha256"],
         },
         description=f"{about['paper']}. {about['parameters']:,} parameters, {about['steps']:,} steps.",
@@ -215,13 +233,13 @@ def _look(models: Iterable[str]) -> dict[str, Entry]:
             return _read(database, models)
     try:
         client = tracking.client()
-        answers = {name: _ask(client, name) for name in models}
+        answers = {name: ask(client, name) for name in models}
     except tracking.problems():
         return {}
     return {name: entry for name, entry in answers.items() if entry is not None and entry.versions}
 
 
-def _ask(client: MlflowClient, name: str) -> Entry | None:
+def ask(client: MlflowClient, name: str) -> Entry | None:
     """What the registry holds under a name, None where it does not know it. Raises what MLflow raises."""
     from mlflow.exceptions import MlflowException
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from genus import config
-from genus.files import read_json, replacing, sha256, write_json
+from genus.files import read_json, read_tensors, replacing, sha256, write_json
 from genus.stages.records import failure_recorded, record_of
 
 
@@ -15,7 +15,6 @@ def run(name: str) -> None:
     chosen = params.model(name)
 
     from PIL import Image
-    from safetensors.torch import load_file
 
     from genus.data.loaders import open_dataset
     from genus.evaluation.evaluate import Task, evaluate, load_model
@@ -28,7 +27,7 @@ def run(name: str) -> None:
     folder = Path("models") / name
     about = read_json(folder / "model.json")
     data = open_dataset(chosen.dataset)
-    model = load_model(about, load_file(folder / "weights.safetensors")).to(device)
+    model = load_model(about, read_tensors(folder / "weights.safetensors")).to(device)
     reference = open_reference(data, Path("data/judge") / chosen.dataset)
     controls = read_json(Path("reports/controls") / chosen.dataset / "controls.json")["controls"]
     held_out = controls["held_out"]["metrics"]["memorisation"]

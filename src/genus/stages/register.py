@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genus import config
-from genus.errors import UserError
+from genus.errors import TransientError, UserError
 from genus.files import read_json, sha256, write_json
 from genus.stages.records import failure_of
 
@@ -17,17 +17,29 @@ if TYPE_CHECKING:
     from genus.registry import Figures
     from genus.tracking import MlflowClient, StoredRun
 
+NEEDS = {  # row of the scorecard that answers a need: alias of the data set's registered model
+    "density.bits_per_dim": "best-density",
+    "capacity.frechet_distance": "best-quality",
+    "speed.sample_ms_64": "fastest",
+    "stability.spread": "most-stable",
+}
+
 
 def run(collection: str) -> None:
     """Registers every model of ``collection`` whose content is new and writes reports/registered/<collection>.json.
 
     Raises UserError where a file is missing or the store cannot be reached.
     """
-    write_json(f"reports/registered/{collection}.json", reconcile(config.load().collection(collection)))
+    models = config.load().collection(collection)
+    write_json(f"reports/registered/{collection}.json", reconcile(models, [collection]))
 
 
-def reconcile(models: list[str]) -> dict[str, Any]:
+def reconcile(models: list[str], collections: Iterable[str] = ()) -> dict[str, Any]:
     """Makes the registry say what these models' files say; returns a line of the report for each.
+
+    A new content becomes a version and goes through the gate (genus.registry.gate). The scorecards of ``collections``
+    say which model answers which need of their data sets; where two collections speak of one data set, the one that
+    is registered last decides.
 
     A second call changes nothing, and an empty store is filled again from the files. A model whose record says that it
     failed is left out and its line says so. Raises UserError where a file is missing or the store cannot be reached.
@@ -37,14 +49,14 @@ def reconcile(models: list[str]) -> dict[str, Any]:
     models = [name for name in models if not failures[name]]
 
     from genus import progress, tracking
-    from genus.registry import Figures, register, settled
+    from genus.registry import Figures, champions, ensure, gate, settled, versions
 
     knobs = {name: params.model(name).evaluate.knobs for name in models}
     abouts = {name: read_json(f"models/{name}/model.json") for name in models}
     metrics = {name: read_json(f"reports/metrics/{name}.json") for name in models}
     timing = {name: read_json(f"reports/timing/{name}.json") for name in models}
     contents = {name: tracking.fingerprint(Path("models") / name) for name in models}
-    figures = {name: Figures.of(metrics[name], abouts[name]["data_sha256"]) for name in models}
+    figures = {name: Figures.of(metrics[name]) for name in models}
     table: dict[str, Any] = {name: {"failure": why} for name, why in failures.items() if why}
     table |= {name: _row(contents[name], figures[name]) for name in models}
     reports = {name: report for name in models if (report := _report_of(params, name))}
@@ -53,27 +65,77 @@ def reconcile(models: list[str]) -> dict[str, Any]:
     files = {
         name: _hash([contents[name], metrics[name], timing[name], knobs[name], shown.get(name)]) for name in models
     }
-    if settled(files):
+    data = {name: gate.data_hash(abouts[name]["dataset"]) for name in models}
+    needs = _needs(params, collections)
+    if settled(files, data, needs):
         return table
-    Path(".genus").mkdir(exist_ok=True)
-    client = tracking.client()
     try:
+        client = tracking.client()
         # One at a time: two collections may hold the same model, and each would register it.
-        with open(".genus/register.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with versions.one_at_a_time():
+            numbers = {}
             for done, name in enumerate(models, 1):
                 found = _run(client, Path("models") / name, abouts[name])
                 _evaluation(client, found, metrics[name], timing[name])
                 if name in reports:
                     _attach(client, found, reports[name], shown[name])
-                register(client, Path("models") / name, found, figures[name], knobs[name], files[name])
+                facts = _facts(params, name) | {"metrics": metrics[name], "timing": timing[name]}
+                numbers[name] = ensure(client, Path("models") / name, found, figures[name], knobs[name], facts)
                 progress.report(done, len(models), unit="model")
+            champions.judge_all(client, numbers)
+            for name, number in numbers.items():  # after the rest: where it stands, all the rest does
+                client.set_model_version_tag(name, number, "genus.files", files[name])
+            for dataset, wanted in needs.items():
+                champions.answer(client, dataset, wanted, numbers)
     except tracking.problems() as error:
         why = str(error).strip().splitlines()[0][:200]
-        raise UserError(
+        raise (TransientError if _may_pass(error) else UserError)(
             f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register` tries again"
         ) from error
     return table
+
+
+def _scorecard_of(params: config.Params, collection: str) -> dict[str, Any]:
+    """The scorecard of a collection; empty where it has not been made."""
+    path = Path("reports") / f"{params.collections[collection].report}.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _needs(params: config.Params, collections: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{data set: {alias: model}} as the scorecards of these collections say. Raises UserError for a name of both."""
+    found: dict[str, dict[str, str]] = {}
+    for collection in collections:
+        for advice in _scorecard_of(params, collection).get("advice", []):
+            if advice["dataset"] in params.models:
+                raise UserError(
+                    f"params.yaml: '{advice['dataset']}' is a data set and a model: both are registered by name"
+                )
+            wanted = found.setdefault(advice["dataset"], {})
+            if advice["model"] and advice["key"] in NEEDS:
+                wanted[NEEDS[advice["key"]]] = advice["model"]
+    return found
+
+
+def _facts(params: config.Params, name: str) -> dict[str, Any]:
+    """What a model's card tells beside its own files: of its data, and the five properties."""
+    model = params.model(name)
+    described = Path("data/processed") / model.dataset / "dataset.json"
+    rows = _scorecard_of(params, model.collection).get("properties", [])
+    return {"data": read_json(described) if described.exists() else {}, "properties": rows}
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the store may well answer in a while: nobody listens there now, or another process holds it locked."""
+    import requests
+    from sqlalchemy.exc import OperationalError
+
+    while error is not None:
+        if isinstance(error, requests.ConnectionError | requests.Timeout | ConnectionError | TimeoutError):
+            return True
+        if isinstance(error, OperationalError) and ("locked" in str(error) or "connect" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _report_of(params: config.Params, name: str) -> Path | None:

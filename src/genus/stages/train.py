@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,17 @@ GRIDS = 5  # grids of samples during a training, for the slider in MLflow
 
 
 def run(name: str) -> None:
-    """Trains ``name`` and writes weights.safetensors, model.json, history.csv, samples.png and its timing."""
+    """Trains ``name`` and writes weights.safetensors, model.json, history.csv, samples.png and its timing.
+
+    Started by torchrun, or with GENUS_TORCHRUN set, in several processes, of which the first one alone writes.
+    """
     params = config.load()
     chosen = params.model(name)
+
+    from genus import parallel
+
+    if parallel.wanted():
+        parallel.launch(["train", name])
 
     from safetensors.torch import save_file
 
@@ -32,7 +43,7 @@ def run(name: str) -> None:
     from genus.training import NonFiniteLoss, pick_device, set_up, train
 
     knobs = chosen.evaluate.knobs
-    device = pick_device(params.device)
+    group, device = parallel.join(pick_device(params.device))
     set_up(params.threads, params.seed)
     data = open_dataset(chosen.dataset)
     model = build(chosen.family, data.spec, chosen.params)
@@ -51,14 +62,33 @@ def run(name: str) -> None:
         "train": chosen.train.model_dump(mode="json"),
         "data_sha256": data.description["sha256"],
     }
-    key = _key(about | {"threads": params.threads, "device": device.type})
-    checkpoint = CHECKPOINTS / name / f"{key}.safetensors"
+    processes = {"processes": group.size} if group.size > 1 else {}  # sums come out in another order then
+    key = about["key"] = _key(about | {"threads": params.threads, "device": device.type} | processes)
+    fit = partial(
+        train,
+        model,
+        data.split("train"),
+        data.labels("train"),
+        chosen.train,
+        steps=steps,
+        seed=params.seed,
+        device=device,
+        processes=group,
+        checkpoint=CHECKPOINTS / name / f"{key}.safetensors",
+        checkpoint_every=float(os.environ.get("GENUS_CHECKPOINT_SECONDS", "20")),  # bytes do not depend on it
+        samples_at=frozenset(round(steps * k / GRIDS) for k in range(1, GRIDS)),
+    )
+    if group.rank:
+        fit()
+        group.leave()
+        return
 
     with tracking.training_run(
         dataset=chosen.dataset,
         model=name,
         params={k: about[k] for k in ("family", "params", "train", "steps", "seed", "budget", "parameters")}
-        | {"threads": params.threads, "device": device.type},
+        | {"threads": params.threads, "device": device.type}
+        | processes,
         tags={"genus.key": key, "genus.paper": model.paper},
         description=data.description,
     ) as run:
@@ -75,19 +105,10 @@ def run(name: str) -> None:
             run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
 
         with failure_recorded(name, chosen, "train", NonFiniteLoss, FloatingPointError):
-            result = train(
-                model,
-                data.split("train"),
-                data.labels("train"),
-                chosen.train,
-                steps=steps,
-                seed=params.seed,
-                device=device,
-                checkpoint=checkpoint,
-                on_log=on_log,
-                on_samples=on_samples if isinstance(model, Samples) else None,
-                samples_at=frozenset(round(steps * k / GRIDS) for k in range(1, GRIDS)),
-            )
+            result = fit(on_log=on_log, on_samples=on_samples if isinstance(model, Samples) else None)
+        group.leave()
+        if result.timing["train_steps"] < steps:  # it was resumed
+            run.complete(result.history)
         result.model.cpu()
         folder = Path("models") / name
         with replacing(folder / "weights.safetensors") as temporary:
@@ -101,7 +122,7 @@ def run(name: str) -> None:
             _write_picture(folder / "samples.png", shown)
         write_json(Path("reports/timing/train") / f"{name}.json", result.timing)
         run.finished(folder)
-    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(CHECKPOINTS / name, ignore_errors=True)  # those of other configurations as well: they are history
 
 
 def _headline(row: dict[str, float]) -> float:
@@ -114,7 +135,8 @@ def _key(about: dict[str, Any]) -> str:
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     family = package / "families" / f"{about['family']}.py"
-    for path in [package / "training.py", package / "contract.py", family, *sorted((package / "nn").glob("*.py"))]:
+    trainer = [package / name for name in ("training.py", "parallel.py", "contract.py")]
+    for path in [*trainer, family, *sorted((package / "nn").glob("*.py"))]:
         code.update(path.read_bytes())
     return hashlib.sha256((json.dumps(about, sort_keys=True) + code.hexdigest()).encode()).hexdigest()[:16]
 

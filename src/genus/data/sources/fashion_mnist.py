@@ -24,7 +24,7 @@ import numpy as np
 from genus.config import Section
 from genus.data.sources import About, Example
 from genus.data.spec import DataSpec
-from genus.errors import UserError
+from genus.errors import TransientError, UserError
 from genus.files import replacing
 
 CONTENT = {  # SHA-256 of the decompressed files
@@ -93,7 +93,7 @@ class FashionMnist(Section):
                     with replacing(Path(self.folder) / f"{name}.gz") as target:
                         shutil.copyfile(path, target)
                 return
-        raise UserError(
+        raise TransientError(
             f"{self.folder}: {', '.join(missing)} not there and no network. Three ways to get Fashion-MNIST: "
             f"copy its four .gz files into {self.folder}; or go online, so that torchvision's mirror answers; "
             f"or on Debian or Ubuntu make `apt-get download {PACKAGE}` work (as root: apt-get update)"

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from pydantic import Field, PrivateAttr
 from genus.data.sources import About, Broken, Example
 from genus.data.sources._images import Look, Unusable, fit
 from genus.data.spec import DataSpec
-from genus.errors import UserError, nearest
+from genus.errors import TransientError, UserError, nearest
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours: theirs, where it is an argument
 OTHER_NAMES = {"valid": "val"}
@@ -100,7 +101,10 @@ class Torchvision(Look):
             with contextlib.redirect_stdout(sys.stderr):
                 return kind(**given)
         except (OSError, RuntimeError, TypeError) as error:  # no network, a damaged download, a missing argument
-            raise UserError(f"torchvision's {self.name} in {self.folder}: {' '.join(str(error).split())}") from error
+            passing = isinstance(error, URLError | TimeoutError | ConnectionError)
+            raise (TransientError if passing else UserError)(
+                f"torchvision's {self.name} in {self.folder}: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _get(data: Any, key: str) -> list[Any]:

@@ -1,0 +1,256 @@
+"""What draws from and scores with a packaged model. Stands alone: each package carries a copy of this file.
+
+It needs torch, numpy and safetensors, and neither Genus nor MLflow. ``load`` runs the copy that lies in the package,
+not this one, so what a package answers doesn't depend on which Genus, if any, is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import operator
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK = 100  # images scored at once
+_single = threading.Lock()  # OpenMP's number of threads is a thread's own, but MKL's is one for the whole process
+
+
+def load(folder: str | Path) -> Runtime:
+    """The model of a package, by the package's own code. ``folder`` holds MLmodel and artifacts/.
+
+    Raises ValueError, in one line, where the folder is no such package.
+    """
+    artifacts = Path(folder) / "artifacts"
+    path = artifacts / "code" / "runtime.py"
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder}: no package, or one made by an older Genus: it has no {path.name}") from error
+    name = f"genus_runtime_{hashlib.sha256(source).hexdigest()[:12]}"
+    with _uncached():
+        return _module(name, path).Runtime(artifacts)
+
+
+class Runtime:
+    """A packaged model, ready to draw and to score, on the CPU.
+
+    ``about`` is its model.json, ``model`` the family with its weights, in eval mode, ``spec`` the shape and units of
+    the data, ``knobs`` what ``sample`` takes besides seeds and labels, with the defaults it was evaluated with.
+    """
+
+    def __init__(self, artifacts: str | Path):
+        """``artifacts`` holds weights.safetensors, model.json, knobs.json and code/."""
+        import torch
+        from safetensors.torch import load_file
+
+        artifacts = Path(artifacts)
+        self.about: dict[str, Any] = json.loads((artifacts / "model.json").read_text(encoding="utf-8"))
+        self.knobs: dict[str, Any] = json.loads((artifacts / "knobs.json").read_text(encoding="utf-8"))
+        (root,) = (artifacts / "code").glob("genus_*/")
+        with _uncached():
+            _module(root.name, root / "__init__.py")
+            self.spec = importlib.import_module(f"{root.name}.data.spec").DataSpec.from_json(self.about["spec"])
+            self._batch = importlib.import_module(f"{root.name}.contract").Batch
+            family = importlib.import_module(f"{root.name}.families.{self.about['family'].replace('/', '.')}").Model
+        with torch.random.fork_rng(devices=[]):  # building draws weights that the stored ones replace: leave no trace
+            self.model = family(self.spec, **self.about["params"])
+        self.model.load_state_dict(load_file(artifacts / "weights.safetensors"))
+        self.model.eval()
+
+    @property
+    def name(self) -> str:
+        return self.about["name"]
+
+    @property
+    def kind(self) -> str:
+        """The kind of its likelihoods (exact, dequantised, elbo, ode); 'none' where it has none."""
+        return getattr(self.model, "density", "none")
+
+    @property
+    def labels(self) -> int:
+        """How many labels it can be asked for; 0 where it takes none."""
+        return int(getattr(self.model, "labels", 0))
+
+    def sample(self, seeds: Sequence[int], labels: Sequence[int] | None = None, **knobs: Any) -> np.ndarray:
+        """The samples that belong to ``seeds``, as stored values: [rows, *shape], uint8 for images, else float32.
+
+        A seed, its label and the knobs make a sample, whatever else is asked for with it. Raises ValueError, in one
+        line, for a knob or a label that the model does not take, and FloatingPointError for a sample that is not
+        finite.
+        """
+        import torch
+
+        seeds = [_whole(seed, "a seed") for seed in seeds]
+        wanted = self._labels(labels, len(seeds))
+        draw = partial(self.model.sample, 1, **self.check(knobs))
+        rows = np.zeros((len(seeds), *self.spec.shape), self._dtype)
+        with _one_thread():
+            for row, seed in enumerate(seeds):  # one by one: sums, and so bytes, depend on the batch
+                cond = None if wanted is None else torch.tensor([wanted[row]])
+                x = draw(generator=torch.Generator().manual_seed(seed), cond=cond).float()
+                if not x.isfinite().all():
+                    raise FloatingPointError(f"{self.name}: the sample of seed {seed} is not finite")
+                rows[row] = self.spec.to_stored(x)[0].numpy()
+        return rows
+
+    def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """All knobs, the ones not given at their defaults. Raises ValueError, in one line, for one that is wrong."""
+        if not hasattr(self.model, "sample"):
+            raise ValueError(f"{self.name} cannot sample")
+        checked = dict(self.knobs)
+        for name, value in knobs.items():
+            if name not in self.knobs:
+                raise ValueError(f"{self.name} has no parameter '{name}': {_nearest(name, self.knobs)}")
+            checked[name] = _like(self.knobs[name], value, f"parameter '{name}' of {self.name}")
+        return checked
+
+    def log_prob(
+        self, images: np.ndarray, seed: int = 0, report: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Log-probability of stored examples [N, *shape]: [N] nats, of the kind that ``kind`` says.
+
+        Where it is estimated from noise, ``seed`` draws the noise. ``report`` is called with how many of how many are
+        done. Raises ValueError, in one line, for what can't be scored.
+        """
+        import torch
+
+        if self.kind == "none":
+            raise ValueError(f"{self.name} has no likelihood: it can sample, not score")
+        images = np.asarray(images)
+        self._check_images(images)
+        nats, generator = np.zeros(len(images), np.float64), torch.Generator().manual_seed(seed)
+        for start in range(0, len(images), CHUNK):
+            stored = torch.from_numpy(np.array(images[start : start + CHUNK], self._dtype))
+            with _one_thread():
+                x = self.spec.to_float(stored)
+                nats[start : start + len(x)] = self.model.log_prob(self._batch(x), generator=generator).numpy()
+            if report:
+                report(start + len(x), len(images))
+        return nats
+
+    def bits_per_dim(self, nats: np.ndarray) -> np.ndarray:
+        """Nats of examples as the bits that one of their numbers costs."""
+        return -nats / (math.log(2) * self.spec.dims)
+
+    @property
+    def _dtype(self) -> type:
+        return np.uint8 if self.spec.levels else np.float32
+
+    def _labels(self, labels: Sequence[int] | None, rows: int) -> list[int] | None:
+        count = self.labels
+        if labels is None:
+            if count:
+                raise ValueError(f"{self.name} needs a label for each sample: 0 to {count - 1}")
+            return None
+        if not count:
+            raise ValueError(f"{self.name} takes no label: it was trained without")
+        if len(labels) != rows:
+            raise ValueError(f"{len(labels)} labels for {rows} seeds: one each")
+        whole = [_whole(label, "a label") for label in labels]
+        for label in whole:
+            if not 0 <= label < count:
+                raise ValueError(f"{self.name} has no label {label}: 0 to {count - 1}")
+        return whole
+
+    def _check_images(self, images: np.ndarray) -> None:
+        shape, levels = self.spec.shape, self.spec.levels
+        expected = f"{np.dtype(self._dtype)} [N, {', '.join(map(str, shape))}]"
+        if images.shape[1:] != shape or images.ndim != len(shape) + 1:
+            raise ValueError(f"{self.name} scores {expected}, not {images.dtype} {list(images.shape)}")
+        if images.dtype.kind != ("u" if levels else "f") or (levels and images.dtype.itemsize > 1):
+            raise ValueError(f"{self.name} scores {expected}, not {images.dtype}")
+        if levels and images.size and images.max() >= levels:
+            raise ValueError(f"{self.name} knows levels 0 to {levels - 1}: there is a {images.max()}")
+        if not levels and not np.isfinite(images).all():
+            raise ValueError(f"{self.name} scores finite numbers: there are others")
+
+
+def settable(model: Any, evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a family's sample() takes by keyword, {name: default}; ``evaluated`` overrides the defaults."""
+    sample = getattr(model, "sample", None)
+    found = {} if sample is None else {name: p.default for name, p in inspect.signature(sample).parameters.items()}
+    knobs = {}
+    for name, default in sorted(found.items()):
+        value = evaluated.get(name, default)
+        if name not in ("n", "generator", "cond") and isinstance(value, bool | int | float | str):
+            knobs[name] = float(value) if isinstance(default, float) else value
+    return knobs
+
+
+def _like(default: Any, value: Any, what: str) -> Any:
+    """``value`` as a value of the default's type. Raises ValueError where it is of another."""
+    value = value.item() if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0 else value
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(default):
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[type(default)]
+        raise ValueError(f"{what} is {kind}, as {default!r}: not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what} is a finite number: not {value!r}")
+    return value
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is a whole number: not {value!r}") from None
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"it takes {', '.join(known) or 'none'}"
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums, and so bytes, depend on how many threads share them. And no gradients."""
+    import torch
+
+    with _single, torch.inference_mode():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Imports read the sources that were verified and no compiled file beside them, and leave none there."""
+    before = sys.dont_write_bytecode, sys.pycache_prefix
+    sys.dont_write_bytecode, sys.pycache_prefix = True, str(Path(__file__).with_name("no such folder"))
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode, sys.pycache_prefix = before
+
+
+def _module(name: str, path: Path) -> types.ModuleType:
+    """The module or package at ``path``, imported once a process under a name that holds the hash of its code."""
+    if name not in sys.modules:
+        folder = [str(path.parent)] if path.name == "__init__.py" else None
+        spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
