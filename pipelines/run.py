@@ -185,7 +185,7 @@ def _finish(
         try:
             # A lost or new tracking store is filled again even when every stage is cached.
             done = all(f"register@{name}" in ran for name in todo.collections) and todo.collections
-            versions = _registered(models, reconcile=not done)
+            versions = _registered(models, None if done else todo.collections)
         except UserError as error:
             trouble = error
         console.print(outcome.results(models, versions))
@@ -199,12 +199,15 @@ def _finish(
         raise trouble
 
 
-def _registered(models: list[str], *, reconcile: bool) -> dict[str, str]:
-    """``3 champion`` for each model that the registry has, after it was made to say what the files say."""
+def _registered(models: list[str], collections: list[str] | None) -> dict[str, str]:
+    """``3 champion`` for each model that the registry has, after it was made to say what the files say.
+
+    ``collections`` are those whose scorecards answer needs; None where the registry says all that already.
+    """
     from genus import registry
     from genus.stages import register
 
-    if reconcile:
-        register.reconcile(models)
+    if collections is not None:
+        register.reconcile(models, collections)
     known = registry.status(models)
     return {model: " ".join([known[model]["version"], *known[model]["aliases"]]) for model in known}

@@ -21,7 +21,7 @@ from tests.pipelines.test_processes import GENUS, wait_until
 RUN = """
 import sys
 import pipelines.run as run
-run._registered = lambda models, reconcile: {}  # a toy model is not for the registry
+run._registered = lambda models, collections: {}  # a toy model is not for the registry
 sys.exit(run.run(models=["digits-glow", "digits-vae"], jobs=2))
 """
 TIMED = ("reports/timing/", "reports/records/", "reports/scorecard")

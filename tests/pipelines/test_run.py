@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("prefect")
 
 @pytest.fixture(autouse=True)
 def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines.run, "_registered", lambda models, reconcile: dict.fromkeys(models, "1 champion"))
+    monkeypatch.setattr(pipelines.run, "_registered", lambda models, collections: dict.fromkeys(models, "1 champion"))
 
 
 def go(*arguments: object, **options: object) -> tuple[int, str]:

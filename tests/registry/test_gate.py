@@ -177,7 +177,10 @@ def test_by_hand(three: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         champions.history("digits-vea")
     assert app(["promote", MODEL], standalone_mode=False) == 1
     said = capsys.readouterr().out
-    assert "below 0" in said and "version 4 is not champion: it does not beat version 3" in said
+    assert "version 4 is not champion: it does not beat version 3" in said and "decided already" in said
+    assert app(["promote", MODEL, "--version", "1"], standalone_mode=False) == 1  # never judged against version 3
+    said = capsys.readouterr().out
+    assert "below 0" in said and "version 1 is not champion: it does not beat version 3" in said
     assert app(["promote", MODEL, "--force", "--reason", "for the demo"], standalone_mode=False) == 0
     assert aliases() == {"champion": "4"}
     assert app(["history", MODEL], standalone_mode=False) in (0, None)

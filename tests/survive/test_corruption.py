@@ -76,7 +76,7 @@ def test_flipped_bit_in_output_and_cache(toy: Path, links: str) -> None:  # noqa
 
 
 def test_run_names_what_is_damaged_and_mends_it(toy: Path, prefect: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(pipelines.run, "_registered", lambda models, reconcile: {})
+    monkeypatch.setattr(pipelines.run, "_registered", lambda models, collections: {})
     text = (toy / "stage.py").read_text()
     (toy / "stage.py").write_text(text.replace('/weights", name)', '/weights", f"judge of {name}")'))  # of its own
     repro("evaluate@digits-vae")

@@ -122,7 +122,8 @@ def _notify(name: str, number: str, holder: str | None, reason: str) -> None:
 def promote(name: str, version: str = "", reason: str = "", *, force: bool = False) -> tuple[str, Decision]:
     """Puts the challenger, or ``version``, through the gate; its number and the decision.
 
-    ``force`` asks only that it works. Raises UserError for what can't be promoted, or not without a reason.
+    ``force`` asks only that it works. A decision that was taken against the same champion on the same data stands.
+    Raises UserError for what can't be promoted, or not without a reason.
     """
     if force and not reason.strip():
         raise UserError("--force needs a reason: add --reason")
@@ -140,6 +141,11 @@ def promote(name: str, version: str = "", reason: str = "", *, force: bool = Fal
         why = entry.versions[number].get("genus.rolled_back")
         if why and not (version and reason.strip()):
             raise UserError(f"{name}: version {number} was rolled back ({why}): give --version {number} and --reason")
+        if not force and not why and entry.decided(number, gate.data_hash(_dataset(entry, number))):
+            # Looking again and again would promote by chance in the end.
+            tags = entry.versions[number]
+            told = f"{tags['genus.decision']} (decided already, nothing has changed since)"
+            return number, Decision(False, tags["genus.rule"], told)
         decision = judge(name, number, entry, force=reason if force else "")
         apply(client, name, number, entry, decision, reason)
         return number, decision
