@@ -22,12 +22,14 @@ LAYERS = {
     "sampling": {"contract", "training"},
     "pictures": set(),
     "evaluation": {"contract", "data", "pictures", "sampling", "training"},
-    "tracking": set(),
+    "artifacts": set(),
+    "outbox": set(),
+    "tracking": {"artifacts", "outbox"},
     "notify": set(),
     "registry": {"contract", "data", "notify", "tracking", "families"},
 }
 ONLY_IN = {
-    "mlflow": {"tracking", "registry", "stages.trial"},  # a trial loads a package as its consumers do
+    "mlflow": {"tracking", "artifacts", "registry", "stages.trial"},  # a trial loads a package as its consumers do
     "great_expectations": {"data.validation"},
     "prefect": set(),  # nowhere under src: pipelines only
 }

@@ -191,10 +191,11 @@ def reproduced() -> None:
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
-    """Open MLflow's pages for runs, sample grids and the registry on localhost."""
-    from genus import tracking
+    """Serve MLflow's pages for runs, sample grids and the registry on localhost, until Ctrl-C, and print where."""
+    from genus import config, tracking
 
-    tracking.serve(port)
+    models = config.load().collection("tour") if Path("params.yaml").exists() else ()
+    tracking.serve(port, models)
 
 
 @app.command()

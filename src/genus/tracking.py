@@ -1,8 +1,8 @@
 """Runs, metrics and pictures in MLflow: the only file that talks to its tracking API.
 
 The files are the truth and the tracking store a view of them. So a store that cannot be reached never loses a
-training: one warning, what was to be logged stays in memory and is tried again now and then, and what never arrives
-is filled in from ``models/<model>/`` by ``genus register``.
+training: one warning, what was to be logged stays on disk (genus.outbox) and is tried again now and then; what has not
+arrived at its end the next ``genus register`` brings to the same run, from there and from ``models/<model>/``.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from genus import artifacts
 from genus.errors import UserError
 from genus.files import sha256
+from genus.outbox import Entry, Outbox
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +38,8 @@ if TYPE_CHECKING:
 
 STORE = Path("mlflow")  # under the project's folder: the database, and artifacts/ beside it
 EVERY = 2.0  # seconds between two writes of one run
-PAUSE = 30.0  # seconds before a store that could not be reached is tried again
+PAUSE = 30.0  # seconds before a store that could not be reached is tried again, then twice that, and so on
+LONGEST_PAUSE = 600.0
 _BATCH = 1000  # most metrics that log_batch takes at once
 
 Action = Callable[["MlflowClient", str], object]  # something to do to a run, by its id
@@ -40,7 +47,13 @@ Action = Callable[["MlflowClient", str], object]  # something to do to a run, by
 
 def uri() -> str:
     """Where tracking and registry are: MLFLOW_TRACKING_URI, else the SQLite database of this project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(STORE / 'mlflow.db').absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{artifacts.SQLITE}{(STORE / 'mlflow.db').absolute()}"
+
+
+def database() -> Path | None:
+    """The file of the tracking store, None where it is on a server."""
+    address = uri()
+    return Path(address.removeprefix(artifacts.SQLITE)) if address.startswith(artifacts.SQLITE) else None
 
 
 def prepare() -> str:
@@ -55,35 +68,32 @@ def prepare() -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    address = uri()
-    if not address.startswith("sqlite:///"):
-        return address
-    database = Path(address.removeprefix("sqlite:///"))
-    if database.exists():
+    address, path = uri(), database()
+    if path is None or path.exists():
         return address
     try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(database.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise UserError(f"{database}: the tracking store cannot be made: {error.strerror}") from error
+        raise UserError(f"{path}: the tracking store cannot be made: {error.strerror}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not database.exists():  # else another process made it while this one waited
-            _create(database)
+        if not path.exists():  # else another process made it while this one waited
+            _create(path)
     return address
 
 
-def _create(database: Path) -> None:
+def _create(path: Path) -> None:
     """A new store, made aside and renamed: a killed creation leaves no database with half its tables."""
     import mlflow  # noqa: F401 (sets up its logging, which the next lines quieten)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    temporary = database.with_name(f".{database.name}.{os.getpid()}")
-    store = SqlAlchemyStore(f"sqlite:///{temporary}", str(database.parent / "artifacts"))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    store = SqlAlchemyStore(f"{artifacts.SQLITE}{temporary}", f"{artifacts.SCHEME}:/")
     store.engine.dispose()
-    os.replace(temporary, database)
+    os.replace(temporary, path)
 
 
 def client() -> MlflowClient:
@@ -93,6 +103,8 @@ def client() -> MlflowClient:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it prints at length it raises as well
+    artifacts.register()
     # Its registry looks a version's package up through this global, which is an environment variable besides:
     # as such it would outlive a change of folder.
     given = os.environ.get("MLFLOW_TRACKING_URI")
@@ -110,6 +122,16 @@ def problems() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)
 
 
+def why(error: Exception) -> str:
+    """What MLflow raised, in one line that says what to do where that is known."""
+    text = str(error).strip() or type(error).__name__
+    if "malformed" in text or "is not a database" in text:
+        return f"damaged: move the folder {STORE} away, and `genus register` fills a new one"
+    if "readonly database" in text:
+        return "read-only: nothing can be written to it"
+    return text.splitlines()[0][:200]
+
+
 def fingerprint(folder: str | os.PathLike[str]) -> str:
     """What a trained model is: SHA-256 over its weights and model.json. Raises UserError where one is missing."""
     digest = hashlib.sha256()
@@ -121,50 +143,65 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-class Run:
-    """One run, buffered: nothing here raises for a store that cannot be reached.
+@dataclass
+class Begun:
+    """A run in the store, and what it has: the last step of its metrics (-1: none) and the steps of its pictures."""
 
-    ``begin`` finds or makes the run and returns the client, the run's id, the last step of its metrics and the last
-    of its pictures (-1: none): what a resumed training repeats is left out.
+    client: MlflowClient
+    run_id: str
+    last_row: int = -1
+    pictures: set[int] = field(default_factory=set)
+
+
+class Run:
+    """One run, buffered: nothing here raises for a store that cannot be reached, if ``patient``.
+
+    ``begin`` finds or makes the run and says what it has already: what a resumed training repeats is left out.
     """
 
-    def __init__(self, begin: Callable[[], tuple[MlflowClient, str, int, int]], *, patient: bool = True):
-        self._begin, self._patient = begin, patient
-        self._client: MlflowClient | None = None
-        self._id = ""
-        self._last_row = self._last_image = -1
-        self._rows: list[tuple[int, dict[str, float]]] = []  # time in ms, row
+    def __init__(self, begin: Callable[[], Begun], outbox: Outbox, *, patient: bool = True):
+        self._begin, self._outbox, self._patient = begin, outbox, patient
+        self._begun: Begun | None = None
+        self._rows = outbox.rows()
         self._actions: list[Action] = []
-        self._next = 0.0  # when to write next
+        self._next, self._pause = 0.0, PAUSE  # when to write next; how long to wait if that fails
         self._warned = False
+        self._actions += [self._showing(pixels, step) for step, pixels in outbox.pictures().items()]
         self.flush()
 
     def log(self, row: dict[str, float]) -> None:
         """Keeps a row of the history, ``row["step"]`` being its step; written with the next batch."""
-        self._rows.append((int(time.time() * 1000), row))
+        step, entry = int(row["step"]), (int(time.time() * 1000), row)
+        if step not in self._rows:
+            self._rows[step] = entry
+            self._outbox.add(entry)
         if time.monotonic() >= self._next:
             self.flush()
 
     def complete(self, rows: list[dict[str, float]]) -> None:
-        """Writes those rows of a whole history that are not in the store: a killed process takes what it has buffered
-        with it, and a resumed one begins after its checkpoint."""
+        """Writes those rows of a whole history that are not in the store."""
 
         def fill(client: MlflowClient, run_id: str) -> None:
             there = {metric.step for metric in client.get_metric_history(run_id, "learning_rate")}
-            self._rows = [(int(time.time() * 1000), row) for row in rows if int(row["step"]) not in there]
-            self._last_row = -1
-            self._write_rows(client)
+            now = int(time.time() * 1000)
+            _write(client, run_id, [(now, row) for row in rows if int(row["step"]) not in there])
 
         self._do(fill)
 
     def image(self, pixels: np.ndarray, step: int) -> None:
         """Logs a grid of samples, uint8 [H, W] or [H, W, 3], for the slider of pictures by step."""
+        self._outbox.keep(pixels, step)
+        self._do(self._showing(pixels, step))
 
-        def log_image(client: MlflowClient, run_id: str) -> None:
-            if step > self._last_image:
+    def _showing(self, pixels: np.ndarray, step: int) -> Action:
+        def show(client: MlflowClient, run_id: str) -> None:
+            assert self._begun is not None
+            if step not in self._begun.pictures:
                 client.log_image(run_id, pixels, key="samples", step=step)
+                self._begun.pictures.add(step)
+            self._outbox.picture_arrived(step)
 
-        self._do(log_image)
+        return show
 
     def tag(self, **tags: object) -> None:
         """Sets tags of the run."""
@@ -186,7 +223,12 @@ class Run:
 
     def end(self, status: str) -> None:
         """Writes what is left and closes the run as FINISHED, FAILED or KILLED."""
-        self._actions.append(lambda client, run_id: client.set_terminated(run_id, status))
+
+        def close(client: MlflowClient, run_id: str) -> None:
+            client.set_terminated(run_id, status)
+            self._outbox.close()
+
+        self._actions.append(close)
         if self._warned and status != "FINISHED":
             return  # a store that is away must not hold up a process that was told to stop
         self.flush()
@@ -199,40 +241,44 @@ class Run:
     def flush(self) -> None:
         """Writes all that waits, rows first; keeps what could not be written."""
         self._next = time.monotonic() + EVERY
+        away: tuple[type[Exception], ...] = (*problems(), UserError)
         try:
-            if self._client is None:
-                self._client, self._id, self._last_row, self._last_image = self._begin()
-            self._write_rows(self._client)
+            if self._begun is None:
+                self._begun = self._begin()
+            client, run_id = self._begun.client, self._begun.run_id
+            if self._rows:
+                _write(client, run_id, [entry for step, entry in self._rows.items() if step > self._begun.last_row])
+                self._begun.last_row = max(self._begun.last_row, *self._rows)
+                self._rows = {}
+                self._outbox.rows_arrived()
             while self._actions:
-                self._actions[0](self._client, self._id)
+                self._actions[0](client, run_id)
                 self._actions.pop(0)
-        except problems() as error:
+            self._pause = PAUSE
+        except away as error:
             if not self._patient:
                 raise
-            self._next = time.monotonic() + PAUSE
+            self._next = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
             if not self._warned:
-                why = str(error).strip().splitlines()[0][:200]
-                print(
-                    f"warning: tracking store: {why}; training goes on, `genus register` fills the run in",
-                    file=sys.stderr,
-                )
+                said = f"{why(error)}; training goes on, `genus register` completes the run"
+                print(f"warning: tracking store: {said}", file=sys.stderr)
             self._warned = True
 
-    def _write_rows(self, client: MlflowClient) -> None:
-        from mlflow.entities import Metric
 
-        rows = [(when, row) for when, row in self._rows if row["step"] > self._last_row]
-        metrics = [
-            Metric(name, value, when, int(row["step"]))
-            for when, row in rows
-            for name, value in row.items()
-            if name != "step"
-        ]
-        for start in range(0, len(metrics), _BATCH):  # writing one twice does no harm: it has the same time and step
-            client.log_batch(self._id, metrics=metrics[start : start + _BATCH])
-        self._rows = []
-        if rows:
-            self._last_row = int(rows[-1][1]["step"])
+def _write(client: MlflowClient, run_id: str, entries: list[Entry]) -> None:
+    """Writes whole rows at a time: after a kill a step is there with all its metrics or not at all."""
+    from mlflow.entities import Metric
+
+    batch: list[Metric] = []
+    for when, row in entries:
+        metrics = [Metric(name, value, when, int(row["step"])) for name, value in row.items() if name != "step"]
+        if len(batch) + len(metrics) > _BATCH:  # writing one twice does no harm: it has the same time and step
+            client.log_batch(run_id, metrics=batch)
+            batch = []
+        batch += metrics
+    if batch:
+        client.log_batch(run_id, metrics=batch)
 
 
 @contextlib.contextmanager
@@ -246,12 +292,13 @@ def training_run(
     """The run of one training: experiment ``dataset``, run name ``model``; ended whatever ends the block.
 
     ``params`` may be nested (names are joined by dots); ``description`` is dataset.json. A run with the same tag
-    ``genus.key`` that was stopped or failed is continued. SIGTERM ends the block as SystemExit, so that the run is
+    ``genus.key`` that was not finished is continued. SIGTERM ends the block as SystemExit, so that the run is
     closed as KILLED; after a kill that nothing can catch it stays RUNNING until the training is resumed.
     """
-    tags = _environment() | tags
+    outbox = Outbox(model, tags.get("genus.key", ""))
+    about = outbox.begin({"params": params, "tags": _environment() | tags, "description": description})
     with _terminated_by_exception():
-        run = Run(lambda: _begin(dataset, model, params, tags, description))
+        run = Run(lambda: _begin(dataset, model, **about), outbox)
         try:
             yield run
         except (KeyboardInterrupt, SystemExit):
@@ -271,9 +318,14 @@ def filled_run(
     tags: dict[str, str],
     description: dict[str, Any],
 ) -> Iterator[Run]:
-    """A run made afterwards from files, without this process's environment. Raises what MLflow raises."""
-    tags = tags | {"genus.filled": "from files"}
-    run = Run(lambda: _begin(dataset, model, params, tags, description), patient=False)
+    """A run completed afterwards, or made from files without this process's environment. Raises what MLflow raises.
+
+    The run is that of the training with the tag ``genus.key``, and gets what that training has left on disk.
+    """
+    outbox = Outbox(model, tags.get("genus.key", ""))
+    made = {"params": params, "tags": tags | {"genus.filled": "from files"}, "description": description}
+    about = outbox.begun() or made
+    run = Run(lambda: _begin(dataset, model, **about), outbox, patient=False)
     try:
         yield run
     except BaseException:
@@ -307,26 +359,26 @@ def add(client: MlflowClient, run: StoredRun, metrics: dict[str, float], tags: d
 
 def _begin(
     dataset: str, model: str, params: dict[str, Any], tags: dict[str, str], description: dict[str, Any]
-) -> tuple[MlflowClient, str, int, int]:
-    """Continues the run with this ``genus.key``, or makes one."""
+) -> Begun:
+    """Continues the run of this very training, or an unfinished one with this ``genus.key``, or makes one."""
     from mlflow.entities import DatasetInput, InputTag, Param
 
-    store = client()
-    key = tags.get("genus.key")
-    if key:
-        same = f"tags.`genus.key` = '{key}' and attributes.run_name = '{model}'"
-        stopped = find_run(store, dataset, f"{same} and attributes.status != 'FINISHED'")
-        if stopped is not None:
-            run_id = stopped.info.run_id
-            store.update_run(run_id, status="RUNNING")
-            return store, run_id, _last_row(store, stopped), _last_image(store, run_id)
-    run_id = store.create_run(_experiment(store, dataset), run_name=model, tags=tags).info.run_id
-    flat = _flatten(params)
-    store.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in flat.items()])
-    store.log_inputs(
-        run_id, [DatasetInput(_dataset(dataset, description), [InputTag("mlflow.data.context", "training")])]
-    )
-    return store, run_id, -1, -1
+    store, run = client(), None
+    for tag, also in (("genus.training", ""), ("genus.key", " and attributes.status != 'FINISHED'")):
+        if run is None and tags.get(tag):
+            same = f"tags.`{tag}` = '{tags[tag]}' and attributes.run_name = '{model}'"
+            run = find_run(store, dataset, same + also)
+    if run is None:
+        run = store.create_run(_experiment(store, dataset), run_name=model, tags=tags)
+    else:
+        store.update_run(run.info.run_id, status="RUNNING")
+    run_id = run.info.run_id
+    if not (run.inputs and run.inputs.dataset_inputs):  # it is new, or the store went away at this moment
+        flat = _flatten(params)
+        store.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in flat.items()])
+        shown = DatasetInput(_dataset(dataset, description), [InputTag("mlflow.data.context", "training")])
+        store.log_inputs(run_id, [shown])
+    return Begun(store, run_id, _last_row(store, run), _pictures(store, run_id))
 
 
 def _experiment(store: MlflowClient, name: str) -> str:
@@ -335,12 +387,11 @@ def _experiment(store: MlflowClient, name: str) -> str:
 
     found = store.get_experiment_by_name(name)
     if found is None:
-        address = uri()
-        # A server keeps artifacts where it wants; a database on disk keeps them beside itself.
-        beside = Path(address.removeprefix("sqlite:///")).parent / "artifacts" / name
+        # A server keeps artifacts where it wants; a database on disk keeps them beside itself (genus.artifacts).
+        place = f"{artifacts.SCHEME}:/{name}" if database() else None
         kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for agents
         try:
-            return store.create_experiment(name, str(beside) if address.startswith("sqlite:///") else None, tags=kind)
+            return store.create_experiment(name, place, tags=kind)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -358,16 +409,14 @@ def _last_row(store: MlflowClient, run: StoredRun) -> int:
     )
 
 
-def _last_image(store: MlflowClient, run_id: str) -> int:
-    """The last step that a run's pictures have; MLflow keeps it in their names, samples+step+400+…"""
+def _pictures(store: MlflowClient, run_id: str) -> set[int]:
+    """The steps that a run's pictures have; MLflow keeps them in their names, samples+step+400+…"""
     names = [item.path for item in store.list_artifacts(run_id, "images")]
-    return max((int(name.split("+")[2]) for name in names), default=-1)
+    return {int(name.split("+")[2]) for name in names if name.endswith("compressed.webp")}  # written last
 
 
 def _dataset(name: str, description: dict[str, Any]) -> Any:
     """The data set as MLflow shows it: name, content hash, source, shape and counts."""
-    import json
-
     from mlflow.entities import Dataset
 
     content = description.get("sha256") or hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
@@ -455,19 +504,54 @@ def _terminated_by_exception() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def serve(port: int = 5000) -> None:
+def serve(port: int = 5000, models: Iterable[str] = ()) -> None:
     """Replaces this process by MLflow's web server for this project's store, on 127.0.0.1 only.
 
-    Raises UserError where runs are kept on a server already: its own pages are the ones to open.
+    Prints the addresses of the experiments, of the newest runs of ``models`` side by side, and of the registry; where
+    runs are kept on a server already, its addresses and nothing more. Raises UserError where no page can be had.
     """
-    address = prepare()
-    if not address.startswith("sqlite:///"):
-        raise UserError(f"runs are kept at {address} (MLFLOW_TRACKING_URI): open that address")
-    artifacts = Path(address.removeprefix("sqlite:///")).parent / "artifacts"
-    here = f"http://127.0.0.1:{port}"
-    print(f"experiments  {here}/#/experiments\nregistry     {here}/#/models\nCtrl-C ends it", flush=True)
+    address, path = prepare(), database()
+    if path is None and not address.startswith(("http://", "https://")):
+        raise UserError(f"runs are kept at {address} (MLFLOW_TRACKING_URI): open the server that serves it")
+    if path is not None and _taken(port):
+        raise UserError(f"port {port} is in use: is `genus ui` running already? Else choose another: --port {port + 1}")
+    here = address.rstrip("/") if path is None else f"http://127.0.0.1:{port}"
+    try:
+        pages = _pages(client(), set(models))
+    except problems() as error:
+        raise UserError(f"{address}: {why(error)}") from error
+    for name, page in pages:
+        print(f"{name:<24}{here}/#/{page}")
+    if path is None:
+        return
+    print("Ctrl-C ends it", flush=True)
     # Its job processes, seven of 240 MB each, serve features that nobody uses here.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", address, "--artifacts-destination", str(artifacts)]
+    command += ["--backend-store-uri", address, "--artifacts-destination", str(path.absolute().parent / "artifacts")]
     os.execve(sys.executable, command, environment)
+
+
+def _taken(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
+
+
+def _pages(store: MlflowClient, models: set[str]) -> list[tuple[str, str]]:
+    """(what, page under #/) of each experiment, of its newest runs of ``models`` side by side, and of the registry."""
+    pages = []
+    for experiment in store.search_experiments(filter_string="name != 'Default'", order_by=["name ASC"]):
+        number = experiment.experiment_id
+        pages.append((experiment.name, f"experiments/{number}/runs"))
+        finished = "attributes.status = 'FINISHED'"
+        newest: dict[str, str] = {}
+        for run in store.search_runs([number], finished, order_by=["start_time DESC"], max_results=1000):
+            if run.info.run_name in models:
+                newest.setdefault(run.info.run_name, run.info.run_id)
+        if len(newest) > 1:
+            which = {"runs": json.dumps([*newest.values()]), "experiments": json.dumps([number])}
+            pages.append((f"{experiment.name}, compared", f"compare-runs?{urllib.parse.urlencode(which)}"))
+    return [*pages, ("registry", "models")]

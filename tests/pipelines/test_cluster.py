@@ -59,15 +59,17 @@ def test_two_worker_processes_end_in_the_same_lock_as_threads(toy: Path, prefect
     assert locks[0] == locks[1] and len(locks[0]) == 8
 
 
-def test_stages_on_a_cluster_that_is_there_end_with_a_killed_flow(toy: Path, prefect: None) -> None:
+def test_stages_on_a_cluster_that_is_there_end_with_a_killed_flow(
+    toy: Path, prefect: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     distributed = pytest.importorskip("distributed", reason="the optional extra genus[dask]")
-    os.environ["PYTHONPATH"] = str(ROOT)  # as somebody who starts workers has it
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # as somebody who starts workers has it
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit=0
     ) as cluster:
         command = [GENUS, "run", "--models", "digits-vae", "--runner", f"dask:{cluster.scheduler_address}"]
-        variables = environment(TOY_SECONDS="600")
-        os.environ["TOY_SECONDS"] = "600"
+        monkeypatch.setenv("TOY_SECONDS", "600")
+        variables = environment()
         with open(toy / "said.txt", "wb") as said:
             run = subprocess.Popen(command, cwd=toy, env=variables, stdout=said, stderr=said, start_new_session=True)
         wait_until(lambda: "ingest@digits" in ran(toy), 120)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Tracking, registry and artifacts, kept in ``folder``; the address."""
+def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
+    """Tracking, registry and artifacts, kept in ``folder``; the address. Killed at the end of the block."""
     arguments = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     arguments += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    with _serving(["server", *arguments], "/health", folder.parent / "server.log") as address:
+    with _serving(["server", *arguments], "/health", folder.parent / "server.log", port) as address:
         yield address
 
 
@@ -31,8 +31,8 @@ def model_server(package: Path, log: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _serving(arguments: list[str], alive: str, log: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def _serving(arguments: list[str], alive: str, log: Path, port: int = 0) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONUNBUFFERED": "1"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from genus import config
 from genus.errors import TransientError, UserError
 from genus.files import read_json, sha256, write_json
+from genus.outbox import waiting
 from genus.stages.records import failure_of
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def reconcile(models: list[str], collections: Iterable[str] = ()) -> dict[str, A
     }
     data = {name: gate.data_hash(abouts[name]["dataset"]) for name in models}
     needs = _needs(params, collections)
-    if settled(files, data, needs):
+    late = any(waiting(name, abouts[name].get("key", "")) for name in models)  # something of their trainings
+    if not late and settled(files, data, needs):
         return table
     try:
         client = tracking.client()
@@ -88,9 +90,8 @@ def reconcile(models: list[str], collections: Iterable[str] = ()) -> dict[str, A
             for dataset, wanted in needs.items():
                 champions.answer(client, dataset, wanted, numbers)
     except tracking.problems() as error:
-        why = str(error).strip().splitlines()[0][:200]
         raise (TransientError if _may_pass(error) else UserError)(
-            f"{tracking.uri()}: the registry cannot be filled: {why}; `genus register` tries again"
+            f"{tracking.uri()}: the registry cannot be filled: {tracking.why(error)}; `genus register` tries again"
         ) from error
     return table
 
@@ -166,12 +167,13 @@ def _row(content: str, figures: Figures | None) -> dict[str, Any]:
 
 
 def _run(client: MlflowClient, folder: Path, about: dict[str, Any]) -> StoredRun:
-    """The run that made these files, or one made from them where the store has none."""
+    """The run that made these files, completed where it lacks something; one made from them where there is none."""
     from genus import tracking
 
     same = f"tags.`genus.sha256` = '{tracking.fingerprint(folder)}' and attributes.run_name = '{about['name']}'"
+    same += " and attributes.status = 'FINISHED'"
     found = tracking.find_run(client, about["dataset"], same)
-    if found is None:
+    if found is None or waiting(about["name"], about.get("key", "")):
         _fill(folder, about)
         found = tracking.find_run(client, about["dataset"], same)
         if found is None:
@@ -180,7 +182,7 @@ def _run(client: MlflowClient, folder: Path, about: dict[str, Any]) -> StoredRun
 
 
 def _fill(folder: Path, about: dict[str, Any]) -> None:
-    """A run from history.csv, samples.png and model.json."""
+    """Completes or makes a run from history.csv, samples.png, model.json and what its training has left on disk."""
     import numpy as np
     import pandas as pd
     from PIL import Image
@@ -194,11 +196,11 @@ def _fill(folder: Path, about: dict[str, Any]) -> None:
         dataset=about["dataset"],
         model=about["name"],
         params=params,
-        tags={"genus.paper": about["paper"]},
+        tags={"genus.paper": about["paper"]} | ({"genus.key": about["key"]} if "key" in about else {}),
         description=description | {"sha256": about["data_sha256"]},
     ) as run:
-        for row in pd.read_csv(folder / "history.csv").to_dict("records"):
-            run.log({str(name): value for name, value in row.items() if not pd.isna(value)})
+        rows = pd.read_csv(folder / "history.csv").to_dict("records")
+        run.complete([{str(name): value for name, value in row.items() if not pd.isna(value)} for row in rows])
         if (folder / "samples.png").exists():
             with Image.open(folder / "samples.png") as picture:
                 run.image(np.asarray(picture), about["steps"])
