@@ -21,6 +21,7 @@ import psutil
 
 from genus import config
 from genus.data import origin
+from genus.data.sources import open_source
 from genus.files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,8 @@ def main() -> None:
             (folder / f"many/{number}.png").write_bytes(os.urandom(600))
         look("10,000 small files", [str(folder / "many")])
         os.chdir(ROOT)
-        places = origin.roots(config.load().datasets["fashion-mnist"])
+        dataset = config.load().datasets["fashion-mnist"]
+        places = origin.roots(open_source(dataset.source, dataset.options))
         if origin.stat(places):
             look("Fashion-MNIST's four files", places)
         project = folder / "project"

@@ -14,6 +14,7 @@ from typing import Any
 
 from genus.config import Params
 from genus.data import origin
+from genus.data.sources import open_source
 from genus.files import write_json
 from pipelines.children import STATE
 
@@ -31,7 +32,7 @@ def changed(params: Params) -> dict[str, str]:
     before = json.dumps(looked)
     found = {}
     for name, dataset in params.datasets.items():
-        places = origin.roots(dataset)
+        places = origin.roots(open_source(dataset.source, dataset.options))
         stat = origin.stat(places)
         if not stat or 0 <= time.time() - max(entry[3] for entry in stat) / 1e9 < SETTLED:
             continue

@@ -100,6 +100,8 @@ def test_stage_gets_its_environment_and_its_work_is_read(toy: Path) -> None:
         "keys = ('PATH', 'OMP_NUM_THREADS', 'GENUS_PROGRESS')\n"
         "pathlib.Path('data/processed/digits').mkdir(parents=True)\n"
         "pathlib.Path('data/processed/digits/x').write_text('x')\n"
+        "pathlib.Path('data/origin').mkdir(parents=True)\n"
+        "pathlib.Path('data/origin/digits.json').write_text('{}')\n"
         "pathlib.Path('said.json').write_text(json.dumps({k: os.environ[k] for k in keys}))\n"
         "pathlib.Path(os.environ['GENUS_WORK']).write_text(json.dumps({'seconds': 0.01}))\n"
     )

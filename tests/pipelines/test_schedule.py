@@ -48,9 +48,11 @@ def fed(toy: Path) -> Path:
     params.write_text(params.read_text().replace("models:", NEW, 1))
     toys = 'json.dumps({"files": 0, "sha256": ""})'
     assert toys in stage.read_text()
-    real = "json.dumps(origin.content(origin.roots(config.load().datasets[name])))"
+    real = "json.dumps(origin.content(origin.roots(open_source(given.source, given.options))))"
     stage.write_text(
-        "from genus import config\nfrom genus.data import origin\n" + stage.read_text().replace(toys, real)
+        "import sys\nfrom genus import config\nfrom genus.data import origin\n"
+        "from genus.data.sources import open_source\n"
+        "given = config.load().datasets.get(sys.argv[2])\n" + stage.read_text().replace(toys, real)
     )
     (toy / "raw").mkdir()
     (toy / "raw/a.png").write_bytes(b"a")

@@ -47,7 +47,7 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
     """
     source = open_source(config.source, config.options)
     about = source.about()
-    raw = origin.content(origin.roots(config))  # before it is read: a later change must not go unnoticed
+    raw = origin.content(origin.roots(source))  # before it is read: a later change must not go unnoticed
     quarantine = Path(root) / "quarantine" / name
     with replacing(Path(root) / "processed" / name) as folder:
         (folder / "labels").mkdir(parents=True)

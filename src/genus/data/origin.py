@@ -13,16 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from genus.config import Dataset
-from genus.data.sources import open_source
+from genus.data.sources import Source
 from genus.files import sha256
 
 Stat = list[tuple[str, int, int, int]]  # path, bytes, nanoseconds of modification and of change
 
 
-def roots(dataset: Dataset) -> list[str]:
-    """The local folders and files that the source reads: its options ``folder`` and ``path``, given or default."""
-    source = open_source(dataset.source, dataset.options)
+def roots(source: Source) -> list[str]:
+    """The local folders and files that a source reads: its options ``folder`` and ``path``, given or default."""
     named = (getattr(source, option, None) for option in ("folder", "path"))
     return [root for root in named if isinstance(root, str)]
 
