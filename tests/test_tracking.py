@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
 from genus import tracking
 from genus.errors import UserError
-from genus.stages import register
-from tests.registry.workspace import MODEL, workspace, write_figures, write_model, write_params
+from tests.registry.workspace import workspace
 
 __all__ = ["workspace"]  # a fixture
 DESCRIPTION = {"sha256": "cd" * 32, "spec": {"shape": [1, 8, 8]}, "counts": {"train": 9}}
@@ -239,57 +233,3 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatc
     Path("mlflow").write_text("in the way")
     with pytest.raises(UserError, match=r"mlflow.db: the tracking store cannot be made: "):
         tracking.prepare()
-
-
-@pytest.fixture
-def server(workspace: Path) -> Iterator[str]:
-    """``genus ui`` on a port of its own: a real MLflow server for the workspace's store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with open("server.log", "w") as log:
-        command = [sys.executable, "-c", f"from genus import tracking; tracking.serve({port})"]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        address = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + 120
-            while not _answers(address):
-                assert process.poll() is None and time.monotonic() < deadline, Path("server.log").read_text()
-                time.sleep(0.2)
-            yield address
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def test_a_server_works_like_the_local_store(server: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pandas as pd
-
-    assert re.search(rf"^registry +{server}/#/models$", Path("server.log").read_text(), re.MULTILINE)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    write_params(MODEL)
-    write_model()
-    write_figures(frechet_distance=40.0)
-    with start(model=MODEL) as run:
-        run.log(row(1))
-        run.image(PICTURE, 1)
-        run.finished(Path("models") / MODEL)
-    register.run("smoke")
-    (stored,) = runs(MODEL)
-    assert stored.info.artifact_uri.startswith("mlflow-artifacts:/")  # no path of this machine
-    assert stored.info.status == "FINISHED" and steps(stored) == [1]
-    client = tracking.client()
-    assert {"images", "model.json"} <= {file.path for file in client.list_artifacts(stored.info.run_id)}
-    from genus import registry
-
-    assert registry.status([MODEL]) == {MODEL: {"version": "1", "aliases": ["champion"]}}
-    loaded = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion", suppress_warnings=True)
-    assert loaded.predict(pd.DataFrame({"seed": [1, 2]})).shape == (2, 1, 8, 8)

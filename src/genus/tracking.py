@@ -521,7 +521,7 @@ def serve(port: int = 5000, models: Iterable[str] = ()) -> None:
     except problems() as error:
         raise UserError(f"{address}: {why(error)}") from error
     for name, page in pages:
-        print(f"{name:<24}{here}/#/{page}")
+        print(f"{name:<28}  {here}/#/{page}")
     if path is None:
         return
     print("Ctrl-C ends it", flush=True)
@@ -552,6 +552,7 @@ def _pages(store: MlflowClient, models: set[str]) -> list[tuple[str, str]]:
             if run.info.run_name in models:
                 newest.setdefault(run.info.run_name, run.info.run_id)
         if len(newest) > 1:
-            which = {"runs": json.dumps([*newest.values()]), "experiments": json.dumps([number])}
-            pages.append((f"{experiment.name}, compared", f"compare-runs?{urllib.parse.urlencode(which)}"))
+            which = urllib.parse.quote(f"attributes.run_id IN ({', '.join(map(repr, newest.values()))})")
+            charts = f"experiments/{number}/runs?compareRunsMode=CHART&searchFilter={which}"
+            pages.append((f"{experiment.name}, compared", charts))
     return [*pages, ("registry", "models")]
