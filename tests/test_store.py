@@ -133,7 +133,7 @@ def arrived(database: Path) -> int:
 
 @pytest.mark.usefixtures("passing")
 def test_a_server_that_dies_during_a_training_gets_all_of_it_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The server dies, then the training, which goes on without a server; `genus register` completes the first run."""
     monkeypatch.chdir(tmp_path)
@@ -179,6 +179,11 @@ def test_a_server_that_dies_during_a_training_gets_all_of_it_later(
         assert sorted(int(name.split("+")[2]) for name in pictures if name.endswith(".png")) == wanted
         loaded = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion", suppress_warnings=True)  # through its proxy
         assert loaded.predict(pd.DataFrame({"seed": [1, 2]})).shape == (2, 1, 8, 8)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//name:secret@"))
+        capsys.readouterr()
+        tracking.serve()  # nothing to serve: it says what to open
+        pages = re.findall(r"(http\S+)$", capsys.readouterr().out, re.MULTILINE)
+        assert pages == [f"{address}/#/experiments/{run.info.experiment_id}/runs", f"{address}/#/models"]
 
 
 def test_what_a_killed_process_had_on_disk_is_not_written_twice(workspace: Path) -> None:

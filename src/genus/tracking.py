@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -124,9 +125,9 @@ def problems() -> tuple[type[Exception], ...]:
 
 def why(error: Exception) -> str:
     """What MLflow raised, in one line that says what to do where that is known."""
-    text = str(error).strip() or type(error).__name__
-    if "malformed" in text or "is not a database" in text:
-        return f"damaged: move the folder {STORE} away, and `genus register` fills a new one"
+    text, path = str(error).strip() or type(error).__name__, database()
+    if path and ("malformed" in text or "is not a database" in text):
+        return f"damaged: move the folder {os.path.relpath(path.parent)} away, and `genus register` fills a new one"
     if "readonly database" in text:
         return "read-only: nothing can be written to it"
     return text.splitlines()[0][:200]
@@ -515,7 +516,8 @@ def serve(port: int = 5000, models: Iterable[str] = ()) -> None:
         raise UserError(f"runs are kept at {address} (MLFLOW_TRACKING_URI): open the server that serves it")
     if path is not None and _taken(port):
         raise UserError(f"port {port} is in use: is `genus ui` running already? Else choose another: --port {port + 1}")
-    here = address.rstrip("/") if path is None else f"http://127.0.0.1:{port}"
+    server = re.sub(r"//[^/@]*@", "//", address).rstrip("/")  # without a password, which is for programs
+    here = f"http://127.0.0.1:{port}" if path else server
     try:
         pages = _pages(client(), set(models))
     except problems() as error:
