@@ -70,7 +70,7 @@ class Outbox:
 
         def append() -> None:
             with open(self._rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write("\n" + json.dumps(entry))  # a line that a kill has cut spoils no other
 
         self._try(append)
 

@@ -164,10 +164,9 @@ class Run:
         self._begin, self._outbox, self._patient = begin, outbox, patient
         self._begun: Begun | None = None
         self._rows = outbox.rows()
-        self._actions: list[Action] = []
+        self._actions: list[Action] = [self._showing(pixels, step) for step, pixels in outbox.pictures().items()]
         self._next, self._pause = 0.0, PAUSE  # when to write next; how long to wait if that fails
         self._warned = False
-        self._actions += [self._showing(pixels, step) for step, pixels in outbox.pictures().items()]
         self.flush()
 
     def log(self, row: dict[str, float]) -> None:
@@ -373,6 +372,8 @@ def _begin(
         run = store.create_run(_experiment(store, dataset), run_name=model, tags=tags)
     else:
         store.update_run(run.info.run_id, status="RUNNING")
+        if "genus.training" in tags:
+            store.set_tag(run.info.run_id, "genus.training", tags["genus.training"])
     run_id = run.info.run_id
     if not (run.inputs and run.inputs.dataset_inputs):  # it is new, or the store went away at this moment
         flat = _flatten(params)
