@@ -23,7 +23,11 @@ Terms = dict[str, Tensor]  # scalars: "loss" is differentiated, all are logged
 
 
 class Batch(NamedTuple):
-    """Some examples. ``x``: [B, *shape] floats in the units of DataSpec, or int64 tokens [B, T]."""
+    """Some examples. ``x``: [B, *shape] floats in the units of DataSpec, or int64 tokens [B, T].
+
+    For text, ``log_prob`` is given documents, each up to its end (DataSpec); ``loss`` and ``updates`` are given windows
+    of ``context`` + 1 tokens that run over the ends of documents: each but the first is to be predicted.
+    """
 
     x: Tensor
     cond: Tensor | None = None  # label [B], source image, or the other unpaired domain
@@ -37,13 +41,14 @@ class Family(nn.Module):
 
     paper: ClassVar[str] = ""  # "Author & Author year, arXiv number"
     widths: ClassVar[tuple[str, ...]] = ()  # the parameters that scale its capacity
+    kinds: ClassVar[tuple[str, ...]] = ("image", "vector")  # of data that it takes, as DataSpec.kind names them
 
     def __init__(self, spec: DataSpec):
         super().__init__()
         self.spec = spec
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
-        """Batch mean, nats per example unless the class says otherwise."""
+        """Batch mean, nats per example unless the class says otherwise (text: nats per token)."""
         raise TypeError(f"{type(self).__module__} defines neither loss nor updates")
 
     def updates(self, batch: Batch, *, generator: Generator) -> Iterable[tuple[str, Terms]]:
@@ -141,6 +146,28 @@ class Initialises(Protocol):
     """Sets itself up from a first batch (actnorm): the trainer calls it once, before the first step."""
 
     def initialise(self, batch: Batch, *, generator: Generator) -> None: ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """Learns text, from windows of ``context`` tokens (and the one before each)."""
+
+    context: int
+
+
+@runtime_checkable
+class Carries(Protocol):
+    """Learns text in order: row b of each batch goes on where row b of the batch before ended.
+
+    What it carries from one to the next is in buffers that are not persistent: the trainer keeps them in checkpoints,
+    packages do without.
+    """
+
+    context: int
+
+    def restart(self) -> None:
+        """Forgets what it carries: the next batch goes on from none."""
+        ...
 
 
 CAPABILITIES: dict[str, type] = {
