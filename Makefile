@@ -34,8 +34,9 @@ bench: .venv/stamp        # the slow measurements, one script each
 soak: .venv/stamp         # kill -9 at random moments, 50 times and more: nothing may be lost, changed or left running
 	@$(BIN)/python -m tests.survive.soak $(ARGS)
 
-clean:                    # what a run can make again; data/raw, the DVC cache and the tracking store stay
-	rm -rf .genus logs models/*/ reports data/processed data/origin data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+clean:                    # what a run can make again; data/raw, the DVC cache, the tracking store and what waits for it stay
+	rm -rf logs models/*/ reports data/processed data/origin data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+	@test ! -d .genus || find .genus -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +
 
 # A half-made environment has no stamp and is made anew.
 .venv/stamp: requirements.lock pyproject.toml

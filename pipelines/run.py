@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from genus import config, forkserver, notify
-from genus.errors import UserError
+from genus.errors import TransientError, UserError
 from genus.files import write_text
 from genus.quiet import quieten
 from pipelines import mend, outcome, plan, server
@@ -28,16 +28,26 @@ class Result:
 
     failed: tuple[StageFailed, ...] = ()
     skipped: str = ""  # for which other run
+    registry: UserError | None = None  # why it does not say what the files say, beside what failed
 
     @property
     def status(self) -> int:
-        """The exit status: 2 where the user can mend all that failed."""
-        return (2 if all(failure.user for failure in self.failed) else 1) if self.failed else 0
+        """The exit status: 75 where all that failed may be well in a while, 2 where the user can mend it."""
+        if not self.failed:
+            return 0
+        if all(failure.transient for failure in self.failed) and not _lasting(self.registry):
+            return TransientError.STATUS
+        return 2 if all(failure.user for failure in self.failed) else 1
 
     def __str__(self) -> str:
         if self.failed:
-            return f"{len(self.failed)} failed: {'; '.join(map(str, self.failed))}"
+            silent = f"; {self.registry}" if self.registry else ""
+            return f"{len(self.failed)} failed: {'; '.join(map(str, self.failed))}{silent}"
         return f"skipped: {self.skipped}" if self.skipped else "all is up to date"
+
+
+def _lasting(trouble: UserError | None) -> bool:
+    return trouble is not None and not isinstance(trouble, TransientError)
 
 
 def run(collection: str = "tour", models: Collection[str] = (), datasets: Collection[str] = (), **options: Any) -> int:
@@ -140,14 +150,18 @@ def _bring_up_to_date(
         console.print(f"nothing has changed: {len(todo.stages)} stages are up to date")
     ran = [done.stage for done in walked.ran] if walked else []
     current = [stage for stage in todo.stages if stage in ran or stage not in waiting]
-    _finish(params, todo, current, ran, console)
+    trouble = _finish(params, todo, current, ran, console)
     elapsed = time.monotonic() - started
     if walked and walked.ran:
         console.print(f"seconds  {outcome.seconds_by_stage(walked.ran)}", markup=False, soft_wrap=True)
         cost = outcome.Cost.of(walked.ran, elapsed - walked.busy, walked.imports)
         console.print(str(cost), markup=False, soft_wrap=True)
-    result = Result(tuple(walked.failed) if walked else ())
-    console.print(f"{'failed' if result.failed else 'done'} in {elapsed:.1f} s")
+    result = Result(tuple(walked.failed) if walked else (), registry=trouble)
+    if result.failed and trouble:
+        console.print(f"failed   {trouble}", style="red", markup=False, soft_wrap=True)
+    console.print(f"{'failed' if result.failed or trouble else 'done'} in {elapsed:.1f} s")
+    if trouble and not result.failed:
+        raise trouble
     return result
 
 
@@ -174,10 +188,11 @@ def _check_models(params: config.Params, stages: Collection[str]) -> None:
 
 def _finish(
     params: config.Params, todo: plan.Plan, current: Collection[str], ran: Collection[str], console: Console
-) -> None:
+) -> UserError | None:
     """Makes the registry say what the files say, then prints the table, the comparison and where to look next.
 
-    Only of the stages that are ``current``: a new model beside the figures of the old one would be a lie.
+    Only of the stages that are ``current``: a new model beside the figures of the old one would be a lie. Returns what
+    kept the registry from it: the rest is to be seen all the same.
     """
     models = [model for model in todo.models if f"evaluate@{model}" in current]
     trouble, versions = None, {}
@@ -195,8 +210,7 @@ def _finish(
             console.print(line, markup=False, soft_wrap=True)
     reports = [f"reports/{params.collections[name].report}.html" for name in todo.collections]
     outcome.where_to_look(console, models, [report for report in reports if Path(report).exists()])
-    if trouble:
-        raise trouble
+    return trouble
 
 
 def _registered(models: list[str], collections: list[str] | None) -> dict[str, str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from genus.config import fixed_threads
 from genus.quiet import quieten
+from tests.servers import prefect_server
 
 quieten()  # before any test imports the libraries that would ask somebody's server
 os.environ |= fixed_threads(1)  # and those that would take every core: as the stages do
@@ -20,12 +25,40 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def prefect() -> Iterator[None]:
-    """A Prefect server with a database of its own, for every test that runs a flow."""
-    from prefect.testing.utilities import prefect_test_harness
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a Prefect server that has just been started, to be copied: to make one takes twice as long as
+    to start a server, so all the processes of a session share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = shared / "prefect.db"
+    with open(shared / "prefect.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            new = shared / "new.db"
+            with prefect_server(f"sqlite+aiosqlite:///{new}", "--no-services"):
+                pass
+            with contextlib.closing(sqlite3.connect(new)) as store:  # takes in what a killed server left beside it
+                store.execute("PRAGMA journal_mode = DELETE")
+            new.rename(path)
+    return path
 
-    with prefect_test_harness(server_startup_timeout=120):  # a cold database takes 20 s
+
+@pytest.fixture(scope="session")
+def prefect(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Prefect server with a database of its own, for every test that runs a flow."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    own = shutil.copy(prefect_database, tmp_path_factory.mktemp("prefect") / "prefect.db")
+    with (
+        prefect_server(f"sqlite+aiosqlite:///{own}", "--no-services") as address,
+        temporary_settings({PREFECT_API_URL: address}),
+    ):
         yield
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all()  # sends what is left, while somebody is there
 
 
 def new_project(folder: Path) -> None:
@@ -37,6 +70,19 @@ def new_project(folder: Path) -> None:
     # Only for DVC to hash; what runs is the installed package.
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
+
+
+@pytest.fixture(scope="module")  # while it is open no other test of the process could run an event loop
+def browser() -> Iterator[Any]:
+    """Chromium, for pages as people see them; skips the tests that need it where there is none."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or "/usr/bin/chromium"
+    if not Path(chromium).exists():
+        pytest.skip("there is no Chromium on this machine to open the page in")
+    with sync.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

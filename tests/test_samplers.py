@@ -1,13 +1,15 @@
-"""Samplers against Gaussians, whose variance at every step has a closed form."""
+"""Samplers against Gaussians, whose variance at every step has a closed form, and against scripted text."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from genus.samplers import annealed_langevin, langevin, leftover, step_rate
+from genus.samplers import Next, annealed_langevin, documents, langevin, leftover, next_token, step_rate
 
 N = 30_000  # draws; the variance of a Gaussian is then known to √(2/N) = 0.8%
 
@@ -100,3 +102,77 @@ def test_a_rate_that_cannot_follow_the_ladder_is_refused() -> None:
         annealed_langevin(
             lambda x, sigma: -x, torch.zeros(1), [2.0, 1.0], rate=0.1, steps=1, generator=torch.Generator()
         )
+
+
+def scripted(rows: list[list[int]], vocabulary: int = 4) -> tuple[Next, list[list[list[int]]]]:
+    """Logits that are certain of scripted documents, and a record of what was given to follow."""
+    given: list[list[list[int]]] = []
+
+    def follow(tokens: torch.Tensor) -> torch.Tensor:
+        given.append(tokens.tolist())
+        place = sum(len(block[0]) for block in given)  # of the next token, 1 for the first
+        return torch.stack([100.0 * F.one_hot(torch.tensor(row[place - 1]), vocabulary) for row in rows])
+
+    return follow, given
+
+
+def drawn(follow: Next, n: int, **kwargs: Any) -> torch.Tensor:
+    known = {"prompt": [], "longest": 6, "generator": torch.Generator().manual_seed(0), "device": torch.device("cpu")}
+    return documents(follow, n, **(known | kwargs))
+
+
+def test_documents_stay_ended_and_their_prompt_is_given_once() -> None:
+    follow, given = scripted([[2, 3, 0, 1, 1, 1], [2, 1, 1, 3, 0, 2]])
+    assert drawn(follow, 2, prompt=[2]).tolist() == [[2, 3, 0, 0, 0, 0], [2, 1, 1, 3, 0, 0]]
+    assert given[0] == [[0, 2], [0, 2]] and given[1:4] == [[[3], [1]], [[0], [1]], [[0], [3]]]
+    assert len(given) == 4, "ends when all documents have"
+
+
+def test_documents_are_cut_at_the_length() -> None:
+    follow, _ = scripted([[1, 2, 3, 0]])
+    assert drawn(follow, 1, length=3).tolist() == [[1, 2, 3]]
+    assert drawn(lambda x: torch.zeros(2, 3), 2, longest=5000).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "kept"),
+    [
+        ({}, [0.4, 0.1, 0.3, 0.2]),
+        ({"top_k": 2}, [0.4, 0, 0.3, 0]),
+        ({"top_k": 9}, [0.4, 0.1, 0.3, 0.2]),
+        ({"top_p": 0.65}, [0.4, 0, 0.3, 0]),
+        ({"top_p": 0.75}, [0.4, 0, 0.3, 0.2]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [0.4, 0, 0.3, 0]),
+        ({"temperature": 0.5}, [0.16, 0.01, 0.09, 0.04]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_next_tokens_are_drawn_from_what_the_knobs_leave(knobs: dict[str, Any], kept: list[float]) -> None:
+    """Frequencies of 20,000 draws, each within 4.5 standard deviations of the probability."""
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().expand(20_000, -1)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | knobs
+    found = next_token(logits, generator=torch.Generator().manual_seed(1), **settings)
+    wanted = torch.tensor(kept) / sum(kept)
+    deviation = (wanted * (1 - wanted) / 20_000).sqrt()
+    assert ((found.bincount(minlength=4) / 20_000 - wanted).abs() <= 4.5 * deviation).all()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"length": 7}, "length is a number of tokens up to 6, or 0: not 7"),
+        ({"length": -1}, "length is a number"),
+        ({"temperature": -0.1}, "temperature is at least 0: not -0.1"),
+        ({"temperature": float("nan")}, "temperature is at least 0"),
+        ({"top_k": -1}, "top_k is at least 0"),
+        ({"top_p": 0.0}, "top_p is above 0 and at most 1: not 0.0"),
+        ({"top_p": 1.1}, "top_p is above 0"),
+        ({"prompt": [1, 2, 3], "length": 3}, "the prompt has 3 symbols and leaves no room in a document of 3 tokens"),
+    ],
+    ids=str,
+)
+def test_wrong_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        drawn(lambda x: torch.zeros(1, 4), 1, **knobs)

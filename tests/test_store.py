@@ -26,8 +26,8 @@ import pytest
 from genus import outbox, registry, tracking
 from genus.errors import TransientError, UserError
 from genus.stages import ingest, register
-from tests.registry.server import mlflow_server
 from tests.registry.workspace import MODEL, new_store, passing, workspace, write_figures, write_model, write_params
+from tests.servers import free_port, local_mlflow
 from tests.survive.test_disk import mount
 from tests.test_tracking import PICTURE, row, runs, start, steps
 
@@ -90,7 +90,7 @@ def test_a_store_can_be_moved(workspace: Path, tmp_path_factory: pytest.TempPath
     assert not [text for text in found if text.startswith(("/", "file:")) or str(workspace) in text]
     picture = Path("models", MODEL, "samples.png").read_bytes()
     shutil.move("mlflow", there / "mlflow")
-    with mlflow_server(there / "mlflow") as address:
+    with local_mlflow(there / "mlflow") as address:
         assert python(CONSUMER, address, folder=cwd) == "2 (2, 1, 8, 8)"
     assert (cwd / "samples.png").read_bytes() == picture
     # And without a server, where Genus is installed: MLflow finds the files by the entry point of pyproject.toml.
@@ -102,11 +102,6 @@ def test_a_store_can_be_moved(workspace: Path, tmp_path_factory: pytest.TempPath
     path = f"{cwd}{os.pathsep}{ROOT / 'src'}"
     address = f"sqlite:///{there / 'mlflow/mlflow.db'}"
     assert python(CONSUMER, address, folder=cwd, PYTHONPATH=path) == "2 (2, 1, 8, 8)"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def training(log: str) -> subprocess.Popen[bytes]:
@@ -143,7 +138,7 @@ def test_a_server_that_dies_during_a_training_gets_all_of_it_later(
     new_store(tmp_path)
     store, port = tmp_path / "mlflow", free_port()
     left = outbox.FOLDER / MODEL
-    with mlflow_server(store, port) as address:
+    with local_mlflow(store, port) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         process = training("first.log")
         until(lambda: arrived(store / "mlflow.db"), process, "first.log")
@@ -161,7 +156,7 @@ def test_a_server_that_dies_during_a_training_gets_all_of_it_later(
     write_figures(frechet_distance=40.0)
     with pytest.raises(TransientError, match="the registry cannot be filled"):
         register.run("smoke")
-    with mlflow_server(store, port):
+    with local_mlflow(store, port):
         (before,) = runs(MODEL)
         assert before.info.status == "RUNNING"
         register.run("smoke")
@@ -213,6 +208,20 @@ def test_what_a_killed_process_had_on_disk_is_not_written_twice(workspace: Path)
     assert steps(stored, "speed") == [5]
     assert len(tracking.client().list_artifacts(stored.info.run_id, "images")) == 2  # and its thumbnail
     assert not outbox.waiting("m", "k")
+
+
+def test_make_clean_keeps_the_store_and_what_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = {outbox.FOLDER / "m/k/rows.jsonl", Path("mlflow/mlflow.db"), Path("data/raw/a.png"), Path("params.yaml")}
+    gone = {Path(".genus/checkpoints/m/k.safetensors"), Path(".genus/run.lock"), Path("models/m/model.json")}
+    for path in kept | gone:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for _ in range(2):  # and where there is nothing to be cleaned
+        subprocess.run(["make", "-s", "-f", ROOT / "Makefile", "clean"], check=True)
+        assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} == kept
+    shutil.rmtree(".genus")
+    subprocess.run(["make", "-s", "-f", ROOT / "Makefile", "clean"], check=True)
 
 
 @pytest.mark.usefixtures("passing")

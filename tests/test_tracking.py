@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -69,13 +70,13 @@ def trains_until_told(ready: Any) -> None:
         time.sleep(60)
 
 
-def trains_100_steps(number: int) -> None:
-    with start(key=str(number), model=f"m{number}", number=number, train={"steps": 100}) as run:
-        for step in range(1, 101):
+def trains_40_steps(number: int) -> None:
+    with start(key=str(number), model=f"m{number}", number=number, train={"steps": 40}) as run:
+        for step in range(1, 41):
             run.log(row(step) | {"a_grad_norm": float(number), "b_grad_norm": float(step)})
             if step % 10 == 0:
                 run.flush()
-            if step % 50 == 0:
+            if step % 20 == 0:
                 run.image(PICTURE, step)
 
 
@@ -171,7 +172,7 @@ def test_eight_trainings_at_once_and_no_store_yet(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
 
-    processes = [in_process(trains_100_steps, number) for number in range(8)]
+    processes = [in_process(trains_40_steps, number) for number in range(8)]
     for process in processes:
         process.join(200)
     assert [process.exitcode for process in processes] == [0] * 8
@@ -179,13 +180,13 @@ def test_eight_trainings_at_once_and_no_store_yet(tmp_path: Path, monkeypatch: p
     for number in range(8):
         (stored,) = runs(f"m{number}")
         assert stored.info.status == "FINISHED"
-        assert stored.data.params == {"number": str(number), "train.steps": "100"}
+        assert stored.data.params == {"number": str(number), "train.steps": "40"}
         for name in stored.data.metrics:
             found = steps(stored, name)
-            assert found == list(range(1, 101)), (number, name)
+            assert found == list(range(1, 41)), (number, name)
             metrics += len(found)
         pictures += len(tracking.client().list_artifacts(stored.info.run_id, "images"))
-    assert (metrics, pictures) == (8 * 100 * 4, 8 * 2 * 2)  # none lost, none twice; each picture with its thumbnail
+    assert (metrics, pictures) == (8 * 40 * 4, 8 * 2 * 2)  # none lost, none twice; each picture with its thumbnail
     assert {path.name for path in (tmp_path / "mlflow").iterdir()} == {"mlflow.db", "mlflow.lock", "artifacts"}
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow", ".genus"}  # nothing of MLflow's own defaults beside
     assert not list((tmp_path / ".genus/runs").iterdir())
@@ -225,6 +226,24 @@ def test_what_could_not_be_written_comes_later(workspace: Path, monkeypatch: pyt
     assert stored.info.status == "FINISHED" and steps(stored) == [1, 2]
     assert stored.data.tags["note"] == "early"
     assert len(tracking.client().list_artifacts(stored.info.run_id, "images")) == 2
+
+
+def test_a_model_is_its_weights_and_description_whatever_code_trained_it(tmp_path: Path) -> None:
+    def written(weights: bytes = b"w", **about: Any) -> str:
+        (tmp_path / "weights.safetensors").write_bytes(weights)
+        (tmp_path / "model.json").write_text(json.dumps(about))
+        return tracking.fingerprint(tmp_path)
+
+    first = written(name="m", steps=30, key="of the trainer as it was")
+    assert written(steps=30, key="of the trainer with a comment", name="m") == first
+    assert (
+        len({first, written(b"v", name="m", steps=30), written(name="m", steps=31), written(name="n", steps=30)}) == 4
+    )
+    for name in ("weights.safetensors", "model.json"):
+        (tmp_path / name).rename(tmp_path / "away")
+        with pytest.raises(UserError, match=f"{name}: no such file; train the model first"):
+            tracking.fingerprint(tmp_path)
+        (tmp_path / "away").rename(tmp_path / name)
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

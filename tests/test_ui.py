@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from genus.stages import register
 from tests.registry.workspace import MODEL, passing, workspace, write_figures, write_model, write_params
+from tests.servers import free_port, running
 from tests.test_tracking import row, runs, start
 
 __all__ = ["passing", "workspace"]  # fixtures
@@ -27,17 +22,11 @@ OTHER = "digits-other"
 
 
 @pytest.fixture
-def page() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or "/usr/bin/chromium"
-    if not Path(chromium).exists():
-        pytest.skip("there is no Chromium on this machine to open the pages in")
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 1600})
-        opened.set_default_timeout(60_000)  # two cores, and others on them
-        yield opened
-        browser.close()
+def page(browser: Any) -> Iterator[Any]:
+    opened = browser.new_page(viewport={"width": 1280, "height": 1600})
+    opened.set_default_timeout(60_000)  # two cores, and others on them
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
@@ -61,39 +50,25 @@ def trained(workspace: Path, passing: list[Any]) -> None:
     register.run("tour")
 
 
+class Served(NamedTuple):
+    """``genus ui`` on a port of its own, a real MLflow server for the workspace's store."""
+
+    address: str
+    pages: dict[str, str]  # what it says when it starts
+
+
 @pytest.fixture
-def server(trained: None) -> Iterator[str]:
-    """``genus ui`` on a port of its own: a real MLflow server for the workspace's store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with open("server.log", "w") as log:
-        command = [sys.executable, "-c", "from genus.cli import main; main()", "ui", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        address = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + 120
-            while not _answers(address):
-                assert process.poll() is None and time.monotonic() < deadline, Path("server.log").read_text()
-                time.sleep(0.2)
-            yield address
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+def server(trained: None) -> Iterator[Served]:
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-c", "from genus.cli import main; main()", "ui", "--port", str(port)]
+    with running(command, f"{address}/health", cwd=Path.cwd()) as said:
+        yield Served(address, dict(re.findall(r"^(\S.*?) {2,}(http\S+)$", said(), re.MULTILINE)))
 
 
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def test_a_reviewer_finds_everything(server: str, page: Any) -> None:
+def test_a_reviewer_finds_everything(server: Served, page: Any) -> None:
     (run,) = runs(MODEL)
-    one = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    addresses = dict(re.findall(r"^(\S.*?) {2,}(http\S+)$", Path("server.log").read_text(), re.MULTILINE))
+    base, addresses = server
+    one = f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     assert list(addresses) == ["digits", "digits, compared", "registry"]
 
     def shows(*texts: str) -> None:
@@ -133,7 +108,7 @@ def test_a_reviewer_finds_everything(server: str, page: Any) -> None:
     champions = page.get_by_role("row").filter(has_text="champion")
     champions.nth(1).wait_for()
     assert {MODEL, OTHER} == {line.split()[0] for line in champions.all_inner_texts()}
-    page.goto(f"{server}/#/models/{MODEL}/versions/1")
+    page.goto(f"{base}/#/models/{MODEL}/versions/1")
     shows("champion", "Gate: champion (first)", "genus.data_sha256")
 
     page.goto(addresses["digits, compared"])

@@ -1,10 +1,15 @@
-"""Pictures for people: stored images side by side."""
+"""Pictures for people: stored images side by side, and documents on a page."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 
 import numpy as np
+
+SIZE, LINE, MARGIN = 15, 20, 16  # pixels of a page: letters, from line to line, around
+COLUMNS, LONGEST = 96, 8  # letters a line, lines a document
 
 
 def grid(images: np.ndarray, *, levels: int = 256, columns: int | None = None) -> np.ndarray:
@@ -23,3 +28,24 @@ def grid(images: np.ndarray, *, levels: int = 256, columns: int | None = None) -
     zoom = max(1, 56 // height)
     picture = picture.repeat(zoom, 0).repeat(zoom, 1)
     return picture[..., 0] if channels == 1 else picture[..., :3]
+
+
+def page(documents: Sequence[str]) -> np.ndarray:
+    """Documents as one picture of a printed page, uint8 [H, W], dark on white; long ones end in an ellipsis.
+
+    Symbols that Pillow's own font lacks are boxes; so are control characters.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(SIZE)
+    lines: list[str] = []
+    for document in documents:
+        shown = [part for line in document.splitlines() or [""] for part in textwrap.wrap(line, COLUMNS) or [""]]
+        cut = [*shown[: LONGEST - 1], f"{shown[LONGEST - 1][: COLUMNS - 2]} …"] if len(shown) > LONGEST else shown
+        lines += [*("".join(c if c.isprintable() else "\ufffd" for c in line) for line in cut), ""]
+    width = 2 * MARGIN + max((math.ceil(font.getlength(line)) for line in lines), default=0)
+    image = Image.new("L", (max(width, 640), 2 * MARGIN + LINE * max(1, len(lines) - 1)), 255)
+    pen = ImageDraw.Draw(image)
+    for number, line in enumerate(lines):
+        pen.text((MARGIN, MARGIN + LINE * number), line, fill=24, font=font)
+    return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Samplers that walk along a score: free functions that know nothing of any network.
+"""Samplers, free functions that know nothing of any network: walks along a score, and text symbol by symbol.
 
 A ``score`` is a function of ``x`` [B, ...] that gives the gradient of a log density, of the same shape; with a second
 argument it is the score of the data with Gaussian noise of that standard deviation added.
@@ -15,6 +15,9 @@ from torch import Generator, Tensor
 Score = Callable[[Tensor], Tensor]
 NoisyScore = Callable[[Tensor, float], Tensor]
 Watch = Callable[[int, Tensor, Tensor, float], None]  # number of the move, x, its score, its noise level
+Next = Callable[
+    [Tensor], Tensor
+]  # tokens [B, T] that follow those it was given before -> logits of the next one [B, V]
 
 
 def _noise(x: Tensor, generator: Generator) -> Tensor:
@@ -102,3 +105,64 @@ def annealed_langevin(
             watch(move, x, slope, now)
         x = x + rate * now**2 * slope + math.sqrt(missing) * _noise(x, generator)
     return x + sigmas[-1] ** 2 * score(x, sigmas[-1]) if denoise else x
+
+
+def documents(
+    follow: Next,
+    n: int,
+    *,
+    prompt: list[int],
+    longest: int,
+    generator: Generator,
+    device: torch.device,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    length: int = 0,
+) -> Tensor:
+    """Ancestral sampling of text: int64 [n, T] documents that begin with the tokens ``prompt``, zeros after their end.
+
+    ``follow`` is given what it has not seen yet of the documents, tokens [n, k], and gives logits [n, V] of the token
+    that comes next; the first that it is given is a zero, the end of a document before. T is ``length``, or where that
+    is 0 the ``longest`` that there may be, but no more than 1,000; a document that long is cut there. Each position is
+    one draw for all documents.
+
+    ``temperature``: logits are divided by it; 0 takes the likeliest. ``top_k``: only the k likeliest symbols; 0: all.
+    ``top_p``: only the likeliest symbols that together have this probability (Holtzman et al. 2020, 1904.09751).
+    Raises ValueError for values that make no sense, and a prompt that leaves no room.
+    """
+    room = length or min(longest, 1000)
+    if not 0 < room <= longest:
+        raise ValueError(f"length is a number of tokens up to {longest}, or 0: not {length}")
+    if not temperature >= 0:  # nor NaN
+        raise ValueError(f"temperature is at least 0: not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k is at least 0: not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is above 0 and at most 1: not {top_p}")
+    if len(prompt) >= room:
+        raise ValueError(f"the prompt has {len(prompt)} symbols and leaves no room in a document of {room} tokens")
+    x = torch.zeros(n, room + 1, dtype=torch.int64, device=device)  # the end that a document follows, and itself
+    x[:, 1 : len(prompt) + 1] = torch.tensor(prompt, dtype=torch.int64, device=device)
+    seen, going = 0, x[:, 0] == 0
+    for place in range(len(prompt) + 1, room + 1):
+        logits = follow(x[:, seen:place])
+        x[:, place] = next_token(logits, temperature, top_k, top_p, generator) * going
+        seen, going = place, going & (x[:, place] > 0)
+        if not going.any():
+            break
+    return x[:, 1:]
+
+
+def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: Generator) -> Tensor:
+    """One token a row of logits [n, V], as ``documents`` says: int64 [n]."""
+    if not temperature:
+        return logits.argmax(-1)
+    likely, order = logits.float().div(temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        likely = likely[:, :top_k]
+    if top_p < 1:
+        before = likely / likely.sum(-1, keepdim=True)
+        before = before @ torch.ones(likely.shape[1], likely.shape[1], device=likely.device).triu(1)  # cumsum
+        likely = likely * (before < top_p)
+    return order.gather(-1, torch.multinomial(likely, 1, generator=generator)).squeeze(-1)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from genus import artifacts
 from genus.errors import UserError
-from genus.files import sha256
+from genus.files import read_json, sha256
 from genus.outbox import Entry, Outbox
 
 if TYPE_CHECKING:
@@ -134,14 +134,17 @@ def why(error: Exception) -> str:
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str:
-    """What a trained model is: SHA-256 over its weights and model.json. Raises UserError where one is missing."""
-    digest = hashlib.sha256()
-    for name in ("weights.safetensors", "model.json"):
-        try:
-            digest.update(bytes.fromhex(sha256(Path(folder) / name)))
-        except FileNotFoundError as error:
-            raise UserError(f"{Path(folder) / name}: no such file; train the model first") from error
-    return digest.hexdigest()
+    """What a trained model is: SHA-256 over its weights and model.json. Raises UserError where one is missing.
+
+    But for its ``key``, which stands for all that a training depends on, the trainer's code too: a comment changed
+    there trains anew, but what comes out equal is no new version.
+    """
+    weights, described = Path(folder) / "weights.safetensors", Path(folder) / "model.json"
+    for path in (weights, described):
+        if not path.exists():
+            raise UserError(f"{path}: no such file; train the model first")
+    about = {name: value for name, value in read_json(described).items() if name != "key"}
+    return hashlib.sha256(f"{sha256(weights)} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
 
 
 @dataclass

@@ -23,10 +23,15 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from genus.config import Train
-from genus.contract import Batch, Family, Initialises
+from genus.contract import Batch, Carries, Family, Initialises, Reads
 from genus.errors import UserError
 from genus.files import replacing
 from genus.parallel import ALONE, Group
+
+ROUNDS = 6  # of the network that shuffles windows, and
+MIX = np.uint64(0xBF58476D1CE4E5B9)  # its multiplier (SplitMix64's; Steele, Lea & Flood 2014)
+AT_ONCE = 64  # batches whose windows are shuffled in one go
+HELD = 1 << 26  # bytes of a text that are held in memory; a longer one is read window by window
 
 Row = dict[str, float]  # one line of the history: step, learning rate, gradient norms and the mean of each term
 
@@ -102,7 +107,7 @@ def train(
     on_samples: Callable[[Family, int], None] | None = None,
     samples_at: frozenset[int] = frozenset(),
 ) -> Result:
-    """Trains ``model`` on stored examples [N, ...] for ``steps`` batches.
+    """Trains ``model`` on stored examples [N, ...], or on windows of a text's tokens [N], for ``steps`` batches.
 
     Every draw comes from generators seeded by ``seed``, so the same call gives the same bytes, interrupted or not:
     where ``checkpoint`` exists, training goes on from it. ``on_log(row, speed)`` is called every ``log_every`` steps,
@@ -112,10 +117,13 @@ def train(
     Where ``processes`` are several each calls this with the same arguments, but for the callbacks, which are for
     process 0, as are the checkpoint's file and the result's history: ``config.batch_size`` is what all take together.
 
-    Raises NonFiniteLoss, naming step and term, in every process.
+    Raises NonFiniteLoss, naming step and term, in every process; UserError for settings that the data does not allow.
     """
     model.to(device)
-    data = _Data(model, images, labels, config, seed, device)
+    kind = _Windows if model.spec.kind == "text" else _Examples
+    data = kind(model, images, labels, config, seed, device)
+    if isinstance(model, Carries) and processes.size > 1:
+        raise UserError("this model carries what it has read from batch to batch: train it in one process")
     mine = processes.share(data.batch_size)
     generator = torch.Generator(device).manual_seed(seed + 1)
     if isinstance(model, Initialises):
@@ -136,6 +144,8 @@ def train(
     while step < steps:
         rates = {name: rate * _schedule(step, steps, config) for name, rate in _rates(groups, config).items()}
         batch = data.batch(step, mine)
+        if isinstance(data, _Windows) and isinstance(model, Carries) and data.begins(step):
+            model.restart()
         seen: dict[str, Tensor] = {}
         updates = iter(model.updates(batch, generator=generator))
         while True:
@@ -164,7 +174,7 @@ def train(
             window = []
             history.append(row)
             elapsed = time.monotonic() - started - apart
-            speed = {"images_per_s": (step - first) * config.batch_size / elapsed, "seconds_left": 0.0}
+            speed = data.speed((step - first) / elapsed)
             speed["seconds_left"] = elapsed / (step - first) * (steps - step)
             if on_log:
                 on_log(row, speed)
@@ -187,7 +197,7 @@ def train(
     timing = {
         "train_seconds": seconds,
         "train_steps": float(steps - first),
-        "train_images_per_s": (steps - first) * config.batch_size / seconds if steps > first else 0.0,
+        **{f"train_{name}": value for name, value in data.speed((steps - first) / max(seconds, 1e-9)).items()},
         "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else peak_memory_mb(),
     }
     return Result((average or model).eval(), history, timing)
@@ -200,7 +210,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class _Data:
+class _Examples:
     """Batches by step, with no state: step k of seed s is the same examples in every process.
 
     The examples are in memory, on the device where they fit, and a batch is one gather.
@@ -216,12 +226,12 @@ class _Data:
         self.images, self.labels = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels))
         if device.type == "cuda" and self.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.a_epoch = len(images) // self.batch_size
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The given rows of this step's batch."""
-        a_epoch = len(self.images) // self.batch_size
-        epoch, position = divmod(step, a_epoch)
+        epoch, position = divmod(step, self.a_epoch)
         if epoch != self.epoch:
             order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.images), generator=order).to(self.images.device)
@@ -233,6 +243,120 @@ class _Data:
             mirrored = torch.rand(self.batch_size, generator=coin)[rows].lt(0.5).to(self.device)
             stored = torch.where(mirrored.view(-1, 1, 1, 1), stored.flip(-1), stored)
         return Batch(self.spec.to_float(stored), self.labels[chosen].to(self.device, non_blocking=True))
+
+    def speed(self, steps_per_s: float) -> dict[str, float]:
+        return {"images_per_s": steps_per_s * self.batch_size}
+
+
+class _Windows:
+    """Windows of a text by step, with no state: step k of seed s is the same windows in every process.
+
+    A window is ``context`` + 1 tokens int64, of which the first is the last of the window before: the tokens of an
+    epoch are each predicted once, but for fewer than a batch's at the ends. Before the text stands the end of a
+    document. Where the windows begin is shifted at random from epoch to epoch.
+    A model that ``Carries`` gets as many stretches of the text as a batch has rows, each window by window; the others
+    get all windows in random order. A text of any length takes the same memory.
+    """
+
+    def __init__(
+        self, model: Family, tokens: np.ndarray, _: np.ndarray, config: Train, seed: int, device: torch.device
+    ):
+        if config.flip:
+            raise UserError("train.flip: a text cannot be mirrored; leave it out")
+        if not isinstance(model, Reads):
+            raise TypeError(f"{type(model).__module__} takes text, but says no context")
+        if len(tokens) < model.context:
+            said = f"the training split has {len(tokens):,} tokens, fewer than the {model.context:,} of a window"
+            raise UserError(f"{said}; give the model a smaller context")
+        self.tokens, self.length = _readable(tokens), len(tokens)
+        self.context, self.seed, self.device = model.context, seed, device
+        # Not counting the last, incomplete one: so there is room for any shift.
+        self.windows = max(1, (len(tokens) + 1) // self.context - 1)
+        self.batch_size = min(config.batch_size, self.windows)
+        self.a_epoch = self.windows // self.batch_size
+        self.ordered = isinstance(model, Carries)
+        self.epoch, self.shift, self.keys = -1, 0, np.empty(0, np.uint64)
+        self.block, self.order = -1, np.empty((0, 0), np.int64)
+
+    def begins(self, step: int) -> bool:
+        """Whether this step's windows do not go on where those of the step before ended."""
+        return step % self.a_epoch == 0
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The given rows of this step's windows."""
+        epoch, position = divmod(step, self.a_epoch)
+        if epoch != self.epoch:
+            draws = np.random.default_rng([self.seed, epoch])
+            spare = self.length - self.windows * self.context
+            self.shift = int(draws.integers(min(spare + 1, self.context)))
+            self.keys, self.epoch, self.block = draws.integers(1 << 63, size=ROUNDS, dtype=np.uint64), epoch, -1
+        row = np.arange(self.batch_size)[rows]
+        chosen = row * self.a_epoch + position if self.ordered else self._order(position)[row]
+        return Batch(torch.from_numpy(self._gather(self.shift + self.context * chosen)).to(self.device))
+
+    def _order(self, position: int) -> np.ndarray:
+        """The windows of the epoch's batch at that position: int64 [batch_size]. Shuffled some batches at a time."""
+        block, within = divmod(position, AT_ONCE)
+        if block != self.block:
+            places = np.arange(block * AT_ONCE, min((block + 1) * AT_ONCE, self.a_epoch))[:, None] * self.batch_size
+            places = (places + np.arange(self.batch_size)).ravel()
+            self.order = shuffled(places, self.windows, self.keys).reshape(-1, self.batch_size)
+            self.block = block
+        return self.order[within]
+
+    def _gather(self, starts: np.ndarray) -> np.ndarray:
+        """The windows that begin so many tokens behind the end of a document before the text."""
+        windows = np.zeros((len(starts), self.context + 1), np.int64)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            if start:
+                window[:] = self.tokens[start - 1 : start + self.context]
+            else:
+                window[1:] = self.tokens[0 : self.context]
+        return windows
+
+    def speed(self, steps_per_s: float) -> dict[str, float]:
+        windows = steps_per_s * self.batch_size
+        return {"windows_per_s": windows, "tokens_per_s": windows * self.context}
+
+
+class _Stored:
+    """The tokens of an array file, read where they are asked for: the pages of a map would count as memory in use."""
+
+    def __init__(self, tokens: np.memmap):
+        self.file = open(str(tokens.filename), "rb")  # noqa: SIM115 (open for as long as this lives)
+        self.offset, self.kind = tokens.offset, tokens.dtype
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, count = self.offset + part.start * self.kind.itemsize, part.stop - part.start
+        return np.frombuffer(os.pread(self.file.fileno(), count * self.kind.itemsize, start), self.kind)
+
+
+def _readable(tokens: np.ndarray) -> np.ndarray | _Stored:
+    """A text to take windows of: in memory where it is short, else where it is."""
+    if tokens.nbytes <= HELD or not isinstance(tokens, np.memmap):
+        return np.array(tokens)
+    whole = tokens.offset + tokens.nbytes == os.path.getsize(str(tokens.filename))
+    return _Stored(tokens) if whole else np.asarray(tokens)
+
+
+def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a random permutation of 0 … n - 1 has each of the places: int64 [k]. Nothing of length n is held.
+
+    A Feistel network with the rounds' keys uint64 [ROUNDS] (Luby & Rackoff 1988) on the next power of four, walked
+    until inside (Black & Rogaway 2002, section 4).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    walking, values = np.arange(len(places)), places.astype(np.uint64)
+    while len(walking):
+        left, right = values[walking] >> half, values[walking] & low
+        for key in keys:
+            mixed = (right ^ key) * MIX  # modulo 2^64
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * MIX
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        values[walking] = left << half | right
+        walking = walking[values[walking] >= n]
+    return values.astype(np.int64)
 
 
 def _rates(groups: dict[str, Any], config: Train) -> dict[str, float]:
@@ -263,8 +387,14 @@ def _average(average: Family, model: Family, decay: float) -> None:
     averaged: list[Tensor] = list(average.parameters())
     current: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(averaged, current, 1 - decay)
-    for kept, new in zip(average.buffers(), model.buffers(), strict=True):
+    for kept, new in zip(_lasting(average), _lasting(model), strict=True):
         kept.copy_(new)
+
+
+def _lasting(model: Family) -> list[Tensor]:
+    """The buffers that are part of a model; the others are constants, or what it carries from batch to batch."""
+    named = ((module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items())
+    return [b for module, name, b in named if b is not None and name not in module._non_persistent_buffers_set]
 
 
 def _means(window: list[dict[str, Tensor]], step: int, processes: Group) -> Row:
@@ -298,7 +428,8 @@ class _State:
 
     def save(self, path: Path, step: int, history: list[Row]) -> None:
         """Keeps the state of the training after ``step``. Where that cannot be, the file before it stays."""
-        tensors = dict(self._tensors()) | {"generator": self.generator.get_state(), "step": torch.tensor(step)}
+        tensors = dict(self._tensors()) | self._carried()
+        tensors |= {"generator": self.generator.get_state(), "step": torch.tensor(step)}
         tensors["history"] = torch.frombuffer(bytearray(json.dumps(history).encode()), dtype=torch.uint8)
         for name, optimiser in self.optimisers.items():
             for index, values in optimiser.state_dict()["state"].items():
@@ -330,6 +461,8 @@ class _State:
             return 0, []
         for name, tensor in self._tensors():
             tensor.data.copy_(stored[name])
+        for name, (module, buffer) in self._carriers().items():  # of another shape than at the beginning, perhaps
+            module._buffers[buffer] = stored[name].to(device) if name in stored else None
         self.generator.set_state(stored["generator"])
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, Tensor]] = {}
@@ -357,6 +490,19 @@ class _State:
         if wanted != found:
             raise ValueError("checkpoint of another model")
         return stored
+
+    def _carriers(self) -> dict[str, tuple[torch.nn.Module, str]]:
+        """Where a model that Carries has what it carries: its buffers that are not persistent."""
+        modules = self.model.named_modules() if isinstance(self.model, Carries) else ()
+        return {
+            f"carried.{path}.{name}": (module, name)
+            for path, module in modules
+            for name in sorted(module._non_persistent_buffers_set)
+        }
+
+    def _carried(self) -> dict[str, Tensor]:
+        found = {name: module._buffers[buffer] for name, (module, buffer) in self._carriers().items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for label, module in (("model", self.model), ("average", self.average)):

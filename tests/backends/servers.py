@@ -1,4 +1,4 @@
-"""PostgreSQL, an S3 server, MLflow's and Prefect's, on free ports of 127.0.0.1 for as long as a block lasts."""
+"""PostgreSQL, an S3 server and MLflow's upon them, on free ports of 127.0.0.1 for as long as a block lasts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tests.servers import free_port, mlflow_server, running
 
 BUCKET = "genus"
 
@@ -114,76 +112,6 @@ def keys(prefix: str) -> list[str]:
 
 @contextlib.contextmanager
 def mlflow(database: str, environment: dict[str, str]) -> Iterator[str]:
-    """MLflow's server with its runs in ``database`` and its artifacts in the bucket; gives its address.
-
-    As docs/production.md has it: addresses with passwords go by environment, where `ps` does not show them.
-    """
-    port = free_port()
-    settings = {
-        "MLFLOW_BACKEND_STORE_URI": database,
-        "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    address = f"http://127.0.0.1:{port}"
-    with running(command, f"{address}/health", environment | settings):
+    """MLflow's server with its runs in ``database`` and its artifacts in the bucket; gives its address."""
+    with mlflow_server(database, f"s3://{BUCKET}/mlflow", environment) as address:
         yield address
-
-
-@contextlib.contextmanager
-def prefect(database: str) -> Iterator[str]:
-    """Prefect's server with its runs in ``database``; gives the address of its API."""
-    port = free_port()
-    settings = {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.replace("postgresql://", "postgresql+asyncpg://"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_UI_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    address = f"http://127.0.0.1:{port}/api"
-    with running(command, f"{address}/health", settings):  # with its services: one of them writes down the tasks
-        yield address
-
-
-@contextlib.contextmanager
-def running(command: list[str], health: str, environment: dict[str, str] | None = None) -> Iterator[None]:
-    """A server's process and its children, from when it answers at ``health`` until the end of the block."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | (environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _wait_for(process, health, lambda: (log.seek(0), log.read())[1])
-            yield
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with contextlib.suppress(ProcessLookupError):  # its workers, should any be left
-                os.killpg(process.pid, 9)
-            process.wait()
-
-
-def _wait_for(process: subprocess.Popen[bytes], address: str, said: Callable[[], str], limit: float = 180) -> None:
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended: {said()}"
-        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{address}: no answer in {limit:.0f} s: {said()}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

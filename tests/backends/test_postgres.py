@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from genus.files import read_yaml
-from tests.backends import servers
 from tests.backends.conftest import call
 from tests.pipelines.conftest import ran, toy  # noqa: F401 (a fixture)
+from tests.servers import prefect_server
 
 
 @pytest.mark.timeout(900)  # a quarter of a minute on two idle cores
@@ -22,7 +22,7 @@ def test_a_run_and_its_tasks_are_kept_on_postgresql(postgres: Callable[[str], st
     params = read_yaml("params.yaml", "")
     del params["models"]["digits-glow"]  # one model's stages will do
     Path("params.yaml").write_text(json.dumps(params))
-    with servers.prefect(postgres("prefect")) as address:
+    with prefect_server(postgres("prefect").replace("postgresql://", "postgresql+asyncpg://")) as address:
         call(toy, "genus", "run", "--collection", "smoke", PREFECT_API_URL=address)
         stages = ran(toy)
         (flow,) = _ask(address, "flow_runs")

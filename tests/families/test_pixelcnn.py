@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from genus.contract import Batch
 from genus.data.spec import DataSpec
@@ -126,6 +128,32 @@ def test_the_sampler_equals_the_naive_loop(shape, levels, block, monkeypatch):
     assert max((a - b).abs().max().item() for a, b in zip(cached, naive, strict=True)) < 1e-9
     assert torch.equal(spec.to_stored(found), spec.to_stored(expected))
     assert spec.to_stored(found).unique().numel() > 2  # the draws are not stuck at the edges
+
+
+@pytest.mark.parametrize(("shape", "block"), [((1, 12, 10), 2), ((3, 5, 5), 1)], ids=str)
+def test_sampling_an_image_costs_one_forward_pass(shape, block):
+    """Multiplications are counted, which are the same on every machine; the naive loop has a pass a value."""
+    model = _model(DataSpec(shape), block=block)
+
+    def multiplications(work: Callable[[], torch.Tensor]) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    folded = F.pixel_unshuffle(_images(model.spec, 1), block)
+    one_pass = multiplications(lambda: model.conditionals(folded))
+    assert multiplications(lambda: model.sample(1, generator=_generator())) == one_pass > 0
+
+
+def test_a_vector_is_drawn_value_by_value():
+    """The sampler's draws are those of conditionals that are computed anew for every value."""
+    spec = DataSpec((3, 1, 1), 17)
+    model = _model(spec)
+    generator, x = _generator(), torch.zeros(5, 3, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for j in range(3):
+            x[:, j, 0, 0] = logistic.sample(model.conditionals(x)[j, None], 17, generator=generator)[0]
+    assert torch.equal(model.sample(5, generator=_generator()), x)
 
 
 def test_sizes_that_cannot_be_cut_are_refused():

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from genus.errors import TransientError
+from genus.errors import TransientError, UserError
 from genus.stages.register import _may_pass
 from pipelines import train
 from pipelines.children import Children, StageFailed
+from pipelines.run import Result
 from tests.pipelines.conftest import ran
 from tests.pipelines.test_run import go
 
@@ -47,6 +48,23 @@ def test_status_75_is_told_apart_and_travels_between_processes(toy: Path, monkey
     failure = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 (as Dask does)
     assert failure.transient and failure.user and failure.line == "nobody answers yet"
     assert str(failure) == "ingest@digits: nobody answers yet (log: logs/ingest@digits.log)"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "registry", "status"),
+    [
+        ("", None, 0),
+        ("passing passing", None, 75),
+        ("passing mended", None, 2),
+        ("passing broken", None, 1),
+        ("passing", TransientError("nobody answers"), 75),
+        ("passing", UserError("read-only"), 2),
+    ],
+)
+def test_a_run_ends_with_75_where_all_that_failed_may_pass(kinds: str, registry: UserError | None, status: int) -> None:
+    failed = [StageFailed(kind, "x", Path("log"), kind != "broken", kind == "passing") for kind in kinds.split()]
+    result = Result(tuple(failed), registry=registry)
+    assert result.status == status and all(str(part) in str(result) for part in (*failed, registry) if part)
 
 
 def test_command_ends_with_75(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

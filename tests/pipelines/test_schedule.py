@@ -28,6 +28,7 @@ from pipelines import flows, schedule, watch
 from pipelines.lock import one_run_at_a_time
 from tests.conftest import ROOT
 from tests.pipelines.conftest import processes_of, ran
+from tests.servers import free_port
 
 BIN = Path(sys.executable).parent
 QUICK = {"PREFECT_RUNNER_POLL_FREQUENCY": "1", "PREFECT_WORKER_QUERY_SECONDS": "1"}  # 10 and 10 otherwise
@@ -63,12 +64,6 @@ def told_of(folder: Path) -> list[dict[str, Any]]:
     """What TELL was told of."""
     path = folder / "told.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from genus import config, tracking
 from genus.cli import app
 from genus.errors import UserError
 from genus.registry import champions, gate
+from genus.registry.entries import ask
 from genus.registry.gate import Quality, Trial, decide
-from genus.registry.versions import ask
 from genus.stages import register, trial
 from tests.registry.workspace import MODEL, passing, workspace, write_figures, write_model, write_params
 
@@ -335,12 +336,26 @@ def test_what_does_not_work_is_found_in_a_trial(workspace: Path) -> None:
         gate.trials([Path("good")], "digits")
 
 
-def test_a_trial_is_the_same_twice_but_for_its_time(workspace: Path, real: Path) -> None:
+def test_a_trial_is_the_same_twice_but_for_its_time(
+    workspace: Path, real: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from genus.registry import package
 
     (workspace / "data").symlink_to(real)
     trained(20)
     package(Path("models") / MODEL, "package")
-    one, two = (Trial.of(trial.trial(Path("package"), "digits")) for _ in range(2))
-    assert not one.fault and not one.unfit and one.kind == "elbo" and one.quality
+    one = Trial.of(trial.trial(Path("package"), "digits"))
+    assert not one.fault and not one.unfit and one.kind == "elbo" and max(one.quality) == trial.LADDER[-1]
+    clock = itertools.count(step=60.0)  # a machine that is as busy as can be
+    monkeypatch.setattr(trial.time, "process_time", lambda: next(clock))
+    two = Trial.of(trial.trial(Path("package"), "digits"))
+    assert two.sample_ms == 60e3 / trial.TIMED
     assert replace(one, sample_ms=0) == replace(two, sample_ms=0)
+
+
+def test_the_more_a_sample_takes_the_fewer_are_drawn() -> None:
+    def affordable(repeats: int) -> int:
+        x = torch.zeros(trial.COUNTED, 1000)
+        return trial._affordable(lambda: [x @ x.T for _ in range(repeats)], 2e-3)
+
+    assert [affordable(repeats) for repeats in (1, 10, 200)] == [2000, 250, 100]

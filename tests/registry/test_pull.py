@@ -21,11 +21,11 @@ import genus
 from genus import tracking
 from genus.cli import app
 from genus.errors import UserError
-from genus.registry import pull as pulling
+from genus.registry import entries
 from genus.registry.package import MANIFEST, contents, seal
-from genus.registry.pull import Wanted, open_package, pull
-from tests.registry.server import mlflow_server
+from genus.registry.pull import Wanted, find, open_package, pull
 from tests.registry.workspace import MODEL, SPEC, publish, workspace
+from tests.servers import local_mlflow
 
 __all__ = ["workspace"]  # a fixture: pytest finds it by its name
 
@@ -238,17 +238,6 @@ def test_however_the_store_says_where_artifacts_are(workspace: Path, form: str) 
     assert open_package(MODEL) == place
 
 
-def test_the_tables_say_what_the_client_says(workspace: Path) -> None:
-    publish()
-    publish(seed=1, alias="challenger")
-    read, _ = pulling._read(workspace / "mlflow/mlflow.db", MODEL)
-    asked, _ = pulling._ask(MODEL, tracking.uri())
-    assert read is not None and asked is not None
-    assert read.aliases == asked.aliases == {"champion": "1", "challenger": "2"}
-    assert {n: v.tags for n, v in read.versions.items()} == {n: v.tags for n, v in asked.versions.items()}
-    assert pulling._read(workspace / "mlflow/mlflow.db", "x") == pulling._ask("x", tracking.uri()) == (None, [MODEL])
-
-
 @contextlib.contextmanager
 def silent() -> Iterator[str]:
     """A server that takes calls and never answers."""
@@ -257,7 +246,7 @@ def silent() -> Iterator[str]:
 
 
 def test_a_server_that_does_not_answer_is_one_line_and_soon(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulling, "PATIENCE", 0.3)
+    monkeypatch.setattr(entries, "PATIENCE", 0.3)
     with silent() as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(UserError, match=f"{address}: the registry does not answer: .*timed out"):
@@ -268,11 +257,11 @@ def test_a_server_that_does_not_answer_is_one_line_and_soon(workspace: Path, mon
 
 def test_from_a_server_into_a_cache(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with mlflow_server(tmp_path / "mlflow") as address:
+    with local_mlflow(tmp_path / "mlflow") as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         publish()
         folder = open_package(MODEL)
-        assert folder.parent == tmp_path / "cache/genus" and pulling.find(MODEL).tags["genus.manifest"] == folder.name
+        assert folder.parent == tmp_path / "cache/genus" and find(MODEL).tags["genus.manifest"] == folder.name
         expected = genus.load(MODEL).sample([4])
         _flip(folder)  # a damaged cache is fetched anew
         np.testing.assert_array_equal(genus.load(MODEL).sample([4]), expected)
@@ -288,7 +277,7 @@ def test_from_a_server_into_a_cache(workspace: Path, tmp_path: Path, monkeypatch
             genus.load(MODEL)
         assert not folder.exists()
         stored.unlink()
-        with pytest.raises(UserError, match=f"{MODEL}/1: |cannot be read"):
+        with pytest.raises(UserError, match=f"{MODEL}/1: |cannot be used"):
             pull(MODEL, "again")
         with pytest.raises(UserError, match=r"no model 'digits-vea' .*: did you mean 'digits-vae'"):
             pull("digits-vea", "again")

@@ -15,8 +15,8 @@ import pytest
 
 import genus
 from genus.registry.pull import pull
-from tests.registry.server import model_server
 from tests.registry.workspace import MODEL, publish, workspace
+from tests.servers import model_server
 
 __all__ = ["workspace"]  # a fixture: pytest finds it by its name
 
@@ -37,7 +37,7 @@ def test_a_served_package_answers_and_refuses(workspace: Path) -> None:
     publish()
     package = pull(MODEL, workspace / "package")
     model = genus.load(MODEL)
-    with model_server(package, workspace / "serve.log") as address:
+    with model_server(package) as address:
         status, images = ask(address, [[3], [1]])
         assert status == 200
         np.testing.assert_array_equal(images, model.sample([3, 1]))

@@ -6,7 +6,13 @@ import pytest
 
 from genus.registry import Figures
 from genus.registry.champions import _before
-from genus.registry.versions import Entry, against
+from genus.registry.entries import Entry, Version
+from genus.registry.versions import against, alike, decided
+
+
+def entry(versions: dict[str, dict[str, str]], **aliases: str) -> Entry:
+    """What the registry holds under a name, from tags by number."""
+    return Entry({number: Version("m", number, tags) for number, tags in versions.items()}, aliases)
 
 
 def test_density_is_the_figure_where_there_is_one_else_the_samples() -> None:
@@ -18,7 +24,7 @@ def test_density_is_the_figure_where_there_is_one_else_the_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tags", "decided"),
+    ("tags", "expected"),
     [
         ({}, False),
         ({"genus.decided_against": against("1", "data")}, True),
@@ -28,17 +34,17 @@ def test_density_is_the_figure_where_there_is_one_else_the_samples() -> None:
         ({"genus.rolled_back": "ugly"}, True),
     ],
 )
-def test_a_decision_holds_for_its_champion_its_data_and_its_metrics(tags: dict[str, str], decided: bool) -> None:
-    entry = Entry({"1": {}, "2": tags}, {"champion": "1"})
-    assert entry.decided("2", "data") is decided
-    assert entry.decided("1", "data")  # the champion itself
+def test_a_decision_holds_for_its_champion_its_data_and_its_metrics(tags: dict[str, str], expected: bool) -> None:
+    held = entry({"1": {}, "2": tags}, champion="1")
+    assert decided(held, "2", "data") is expected
+    assert decided(held, "1", "data")  # the champion itself
 
 
 def test_versions_without_a_manifest_are_packaged_anew() -> None:
     tags = {"genus.sha256": "c", "genus.knobs": "{}"}
-    assert Entry({"1": tags}).of("c", {}) is None
-    entry = Entry({"1": tags, "2": tags | {"genus.format": "1"}, "10": tags | {"genus.format": "1"}})
-    assert entry.of("c", {}) == "10" and entry.of("c", {"k": 1}) is None and entry.of("d", {}) is None
+    assert alike(entry({"1": tags}), "c", {}) is None
+    held = entry({"1": tags, "2": tags | {"genus.format": "1"}, "10": tags | {"genus.format": "1"}})
+    assert alike(held, "c", {}) == "10" and alike(held, "c", {"k": 1}) is None and alike(held, "d", {}) is None
 
 
 @pytest.mark.parametrize(
@@ -55,4 +61,4 @@ def test_versions_without_a_manifest_are_packaged_anew() -> None:
     ],
 )
 def test_the_champion_before(versions: dict[str, dict[str, str]], before: str | None) -> None:
-    assert _before(Entry(versions), max(versions)) == before
+    assert _before(entry(versions), max(versions)) == before

@@ -1,7 +1,8 @@
-"""From a source to ``data/processed/<dataset>/``: streamed, so that memory does not grow with the number of images.
+"""From a source to ``data/processed/<dataset>/``: streamed, so that memory does not grow with the size of the data.
 
 First pass: every good example is appended to one spool file. Then its number decides its split, and a second pass
 gathers each split from the spool, in chunks, into memory-mappable arrays and the table of per-example statistics.
+What is said of images here is done for text in documents.py.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy as np
 from genus import progress
 from genus.config import Dataset
 from genus.data import origin
+from genus.data.documents import Documents
 from genus.data.loaders import SPLITS
-from genus.data.sources import Broken, Example, open_source
+from genus.data.sources import About, Broken, Example, open_source
 from genus.errors import UserError
 from genus.files import replacing, sha256, write_json
 
@@ -50,30 +52,23 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
     raw = origin.content(origin.roots(source))  # before it is read: a later change must not go unnoticed
     quarantine = Path(root) / "quarantine" / name
     with replacing(Path(root) / "processed" / name) as folder:
-        (folder / "labels").mkdir(parents=True)
-        spool = folder / "spool"
-        labels, given = array("q"), array("b")
-        with _Quarantine(quarantine) as broken, open(spool, "wb") as file:
+        folder.mkdir(parents=True)
+        kind = Documents if about.kind == "text" else _Images
+        with _Quarantine(quarantine) as broken, kind(folder, about) as good:
             for number, example in enumerate(source.examples(), 1):
                 if isinstance(example, Broken):
                     broken.add(example)
                 else:
-                    file.write(_checked(example, about.spec.shape).tobytes())
-                    labels.append(example.label)
-                    given.append(SPLITS.index(example.split))
-                progress.report(number, about.count, unit="image")
-        _judge_broken(name, broken, len(labels), config.max_broken)
-        label = np.frombuffer(labels, np.int64)
-        where = _carve(np.frombuffer(given, np.int8), label, about.test, config.validation, seed, f"data set '{name}'")
-        _write_splits(folder, spool, label, where, about.spec.shape, about.spec.levels)
-        spool.unlink()
-        description = {
+                    good.add(example)  # type: ignore[arg-type]
+                progress.report(number, about.count or number + 1, unit=good.unit)
+        _judge_broken(name, broken, len(good.given), config.max_broken)
+        given, labels = np.frombuffer(good.given, np.int8), np.frombuffer(good.labels, np.int64)
+        where = _carve(given, labels, about.test, config.validation, seed, f"data set '{name}'")
+        description = good.write(where) | {
             "name": name,
             "kind": about.kind,
-            "spec": about.spec.to_json(),
-            "counts": {split: int((where == index).sum()) for index, split in enumerate(SPLITS)},
             "quarantined": broken.count,
-            "sha256": _content(folder),
+            "sha256": _content(folder, good.arrays),
             "licence": about.licence,
             "source": about.source,
         }
@@ -81,6 +76,40 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
         (folder / "dataset.json").write_text(text, encoding="utf-8")
     write_json(Path(root) / "origin" / f"{name}.json", raw)
     return description
+
+
+class _Images(AbstractContextManager["_Images"]):
+    """The images of a source, in a spool file until their splits are known."""
+
+    unit = "image"
+    arrays = tuple(f"{split}.npy" for split in SPLITS) + tuple(f"labels/{split}.npy" for split in SPLITS)
+
+    def __init__(self, folder: Path, about: About):
+        assert about.spec is not None
+        self.folder, self.spec = folder, about.spec
+        self.spool = folder / "spool"
+        self.labels, self.given = array("q"), array("b")
+
+    def __enter__(self) -> _Images:
+        self.file = open(self.spool, "wb")
+        return self
+
+    def add(self, example: Example) -> None:
+        self.file.write(_checked(example, self.spec.shape).tobytes())
+        self.labels.append(example.label)
+        self.given.append(SPLITS.index(example.split))
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, where: np.ndarray) -> dict[str, Any]:
+        """Makes the arrays and the table of images whose splits are ``where``; returns their spec and counts."""
+        (self.folder / "labels").mkdir()
+        labels = np.frombuffer(self.labels, np.int64)
+        _write_splits(self.folder, self.spool, labels, where, self.spec.shape, self.spec.levels)
+        self.spool.unlink()
+        counts = {split: int((where == index).sum()) for index, split in enumerate(SPLITS)}
+        return {"spec": self.spec.to_json(), "counts": counts}
 
 
 def statistics(images: np.ndarray, levels: int) -> dict[str, np.ndarray]:
@@ -190,10 +219,9 @@ def _gather(file: BinaryIO, members: np.ndarray, shape: tuple[int, ...]) -> Iter
         yield chosen, images
 
 
-def _content(folder: Path) -> str:
+def _content(folder: Path, arrays: tuple[str, ...]) -> str:
     """One hash of all arrays of a data set."""
-    names = [f"{split}.npy" for split in SPLITS] + [f"labels/{split}.npy" for split in SPLITS]
-    return hashlib.sha256("\n".join(f"{name} {sha256(folder / name)}" for name in names).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{name} {sha256(folder / name)}" for name in arrays).encode()).hexdigest()
 
 
 class _Quarantine(AbstractContextManager["_Quarantine"]):

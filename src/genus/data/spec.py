@@ -68,7 +68,10 @@ class DataSpec:
         return self.to_levels(x).byte() if self.levels else x
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        value = asdict(self)
+        if not self.alphabet:  # what was made before there was text keeps its bytes
+            del value["alphabet"]
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DataSpec:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genus import tracking
-from genus.errors import UserError, nearest
+from genus.errors import UserError
 from genus.registry import gate, pull
+from genus.registry.entries import Entry, ask, reaching, unknown
 from genus.registry.gate import Decision, NotTried, Trial
-from genus.registry.versions import CHALLENGER, CHAMPION, Entry, against, ask, one_at_a_time, set_tags
+from genus.registry.versions import CHALLENGER, CHAMPION, against, decided, one_at_a_time, serves, set_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +31,7 @@ def judge_all(client: MlflowClient, numbers: Mapping[str, str]) -> None:
     waiting = {}
     for name, number in numbers.items():
         entry = _known(client, name)
-        if not entry.decided(number, gate.data_hash(_dataset(entry, number))):
+        if not decided(entry, number, gate.data_hash(_dataset(entry, number))):
             waiting[name] = entry
     works = _tried({name: numbers[name] for name, entry in waiting.items() if CHAMPION not in entry.aliases})
     for name, entry in waiting.items():
@@ -90,7 +91,7 @@ def apply(client: MlflowClient, name: str, number: str, entry: Entry, decision: 
     """Writes a decision down, tags and description first, the alias after them, and what it holds for last: where a
     process was killed in between, the next decides again.
     """
-    holder, there = entry.aliases.get(CHAMPION), entry.versions[number]
+    holder, there = entry.aliases.get(CHAMPION), entry.versions[number].tags
     tags = decision.tags() | ({"genus.reason": reason} if reason else {})
     if decision.promoted and holder not in (None, number):
         tags["genus.replaces"] = str(holder)
@@ -127,7 +128,7 @@ def promote(name: str, version: str = "", reason: str = "", *, force: bool = Fal
     """
     if force and not reason.strip():
         raise UserError("--force needs a reason: add --reason")
-    with _reaching(), one_at_a_time():
+    with reaching(), one_at_a_time():
         client = tracking.client()
         entry = _model(client, name)
         number = version or entry.aliases.get(CHALLENGER, "")
@@ -138,12 +139,12 @@ def promote(name: str, version: str = "", reason: str = "", *, force: bool = Fal
             raise UserError(f"{name} has no version {number}: {there}")
         if number == entry.aliases.get(CHAMPION):
             raise UserError(f"{name}: version {number} is champion already")
-        why = entry.versions[number].get("genus.rolled_back")
+        why = entry.versions[number].tags.get("genus.rolled_back")
         if why and not (version and reason.strip()):
             raise UserError(f"{name}: version {number} was rolled back ({why}): give --version {number} and --reason")
-        if not force and not why and entry.decided(number, gate.data_hash(_dataset(entry, number))):
+        if not force and not why and decided(entry, number, gate.data_hash(_dataset(entry, number))):
             # Looking again and again would promote by chance in the end.
-            tags = entry.versions[number]
+            tags = entry.versions[number].tags
             told = f"{tags['genus.decision']} (decided already, nothing has changed since)"
             return number, Decision(False, tags["genus.rule"], told)
         decision = judge(name, number, entry, force=reason if force else "")
@@ -159,7 +160,7 @@ def rollback(name: str, reason: str) -> tuple[str, str]:
     """
     if not reason.strip():
         raise UserError("a rollback needs a reason: add --reason")
-    with _reaching(), one_at_a_time():
+    with reaching(), one_at_a_time():
         client = tracking.client()
         entry = _model(client, name)
         holder = entry.aliases.get(CHAMPION)
@@ -182,11 +183,11 @@ def _before(entry: Entry, number: str) -> str | None:
     """The champion before this one, along the chain of who replaced whom."""
     seen = {number}
     while True:
-        number = entry.versions.get(number, {}).get("genus.replaces", "")
+        number = entry.versions[number].tags.get("genus.replaces", "") if number in entry.versions else ""
         if not number or number in seen:
             return None
         seen.add(number)
-        if number in entry.versions and "genus.rolled_back" not in entry.versions[number]:
+        if number in entry.versions and "genus.rolled_back" not in entry.versions[number].tags:
             return number
 
 
@@ -205,7 +206,7 @@ class Past:
 
 def history(name: str) -> list[Past]:
     """All versions of a model, the newest first. Raises UserError for an unknown name."""
-    with _reaching():
+    with reaching():
         client = tracking.client()
         entry = _known(client, name)
         found = []
@@ -237,12 +238,12 @@ def answer(client: MlflowClient, dataset: str, wanted: Mapping[str, str], number
     """
     entry, known = ask(client, dataset) or Entry(), {}
     for alias, model in wanted.items():
-        if model in numbers and _known(client, model).serves(numbers[model]):
+        if model in numbers and serves(_known(client, model).versions[numbers[model]]):
             known[alias] = (model, numbers[model])
     if known and not entry.versions:
         with contextlib.suppress(*tracking.problems()):  # it may be there, empty
             client.create_registered_model(dataset, description=f"Models of {dataset}, by need: {', '.join(NEEDS)}.")
-    there = {(tags.get("genus.model"), tags.get("genus.model_version")): n for n, tags in entry.versions.items()}
+    there = {(v.tags.get("genus.model"), v.tags.get("genus.model_version")): n for n, v in entry.versions.items()}
     for pair in sorted(set(known.values()) - set(there)):
         there[pair] = _alike(client, dataset, *pair)
     for alias, pair in known.items():
@@ -272,29 +273,18 @@ def _known(client: MlflowClient, name: str) -> Entry:
     """What the registry holds under ``name``. Raises UserError, naming the nearest, where it knows none."""
     entry = ask(client, name)
     if entry is None:
-        names = [model.name for model in client.search_registered_models(max_results=1000)]
-        raise UserError(f"no model '{name}' in the registry {tracking.uri()}: {nearest(name, names)}")
+        raise unknown(name)
     return entry
 
 
 def _model(client: MlflowClient, name: str) -> Entry:
     """The same of a model that has champions. Raises UserError for a data set, whose aliases are needs."""
     entry = _known(client, name)
-    models = sorted({tags["genus.model"] for tags in entry.versions.values() if "genus.model" in tags})
+    models = sorted({v.tags["genus.model"] for v in entry.versions.values() if "genus.model" in v.tags})
     if models:
         raise UserError(f"{name} is a data set, whose aliases follow the scorecard: name one of {', '.join(models)}")
     return entry
 
 
 def _dataset(entry: Entry, number: str) -> str:
-    return entry.versions[number].get("genus.dataset", "")
-
-
-@contextlib.contextmanager
-def _reaching() -> Iterator[None]:
-    """What MLflow raises, as one line."""
-    try:
-        yield
-    except tracking.problems() as error:
-        why: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{tracking.uri()}: the registry does not answer: {why[0][:200]}") from error
+    return entry.versions[number].tags.get("genus.dataset", "")

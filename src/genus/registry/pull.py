@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import re
 import shutil
-import sqlite3
-import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from genus import tracking
-from genus.errors import UserError, nearest
+from genus.errors import UserError
 from genus.files import read_json, replacing, sha256
+from genus.registry import entries
+from genus.registry.entries import Version
 from genus.registry.package import FORMAT, LEFT_BY_MLFLOW, MANIFEST, contents
-
-PATIENCE = 8.0  # seconds that a server has to answer at all
 
 
 class Damaged(UserError):
@@ -45,33 +41,12 @@ class Wanted:
         return cls(name, "" if version else alias or cls.alias, version.lstrip("0") or version)
 
 
-@dataclass
-class Version:
-    """What the registry holds of a version: where its package is, and its tags."""
-
-    name: str
-    number: str
-    location: str
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.number}"
-
-
-@dataclass
-class Entry:
-    """What the registry holds under a name."""
-
-    versions: dict[str, Version] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-
-
 def find(reference: str) -> Version:
     """The version that ``reference`` names. Raises UserError where there is none, or where the registry is silent."""
-    wanted, address = Wanted.parse(reference), tracking.uri()
-    entry, names = _look(wanted.name, address)
+    wanted = Wanted.parse(reference)
+    entry = entries.look([wanted.name]).get(wanted.name)
     if entry is None:
-        raise UserError(f"no model '{wanted.name}' in the registry {address}: {nearest(wanted.name, names)}")
+        raise entries.unknown(wanted.name)
     number = wanted.version or entry.aliases.get(wanted.alias)
     if number is None:
         there = ", ".join(f"{alias} (version {version})" for alias, version in sorted(entry.aliases.items()))
@@ -171,7 +146,7 @@ def _download(version: Version, to: Path) -> None:
     from mlflow.artifacts import download_artifacts
 
     to.mkdir()
-    with _reaching(tracking.uri()):
+    with entries.reaching():
         download_artifacts(f"models:/{version}", dst_path=str(to))
 
 
@@ -179,100 +154,9 @@ def _folder(location: str) -> Path | None:
     """Where a package is on this machine; None where it has to be downloaded."""
     if not location:  # a server knows it
         return None
-    parts, database = urllib.parse.urlsplit(location), _database(tracking.uri())
+    parts, database = urllib.parse.urlsplit(location), tracking.database()
     if parts.scheme == "mlflow-artifacts" and not parts.netloc and database is not None:
-        return database.parent / "artifacts" / urllib.parse.unquote(parts.path).lstrip("/")
+        return database.absolute().parent / "artifacts" / urllib.parse.unquote(parts.path).lstrip("/")
     if parts.scheme == "file":
         return Path(urllib.request.url2pathname(parts.path))
     return Path(location) if database is not None and not parts.scheme else None
-
-
-def _database(address: str) -> Path | None:
-    return Path(address.removeprefix("sqlite:///")).absolute() if address.startswith("sqlite:///") else None
-
-
-def _look(name: str, address: str) -> tuple[Entry | None, Iterable[str]]:
-    """What the registry holds under ``name``, and the names that it knows.
-
-    A local database's tables are read without importing MLflow, which takes seconds; where they are others, and of
-    servers, the client asks.
-    """
-    database = _database(address)
-    if database is not None:
-        if not database.exists():
-            raise UserError(
-                f"{database}: no registry is here: `genus run` makes one, MLFLOW_TRACKING_URI names another"
-            )
-        try:
-            return _read(database, name)
-        except sqlite3.OperationalError:
-            pass  # tables of another MLflow: its client knows them
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{database}: cannot be read: {error}") from error
-    _knock(address)
-    return _ask(name, address)
-
-
-def _read(database: Path, name: str) -> tuple[Entry | None, Iterable[str]]:
-    """From the tables of MLflow's database. Raises sqlite3.Error where they are others."""
-    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as store:
-        names = [row[0] for row in store.execute("SELECT name FROM registered_models")]
-        if name not in names:
-            return None, names
-        entry = Entry()
-        places = dict(store.execute("SELECT model_id, artifact_location FROM logged_models"))
-        kept = "WHERE name = ? AND current_stage != 'Deleted_Internal'"
-        rows = store.execute(f"SELECT version, storage_location, source FROM model_versions {kept}", [name])
-        for number, location, source in rows:
-            place = location or places.get(source.removeprefix("models:/"), source)
-            entry.versions[str(number)] = Version(name, str(number), place)
-        for number, key, value in store.execute(
-            "SELECT version, key, value FROM model_version_tags WHERE name = ?", [name]
-        ):
-            if str(number) in entry.versions:
-                entry.versions[str(number)].tags[key] = value
-        aliases = store.execute("SELECT alias, version FROM registered_model_aliases WHERE name = ?", [name])
-        entry.aliases = {alias: str(number) for alias, number in aliases}
-        return entry, names
-
-
-def _ask(name: str, address: str) -> tuple[Entry | None, Iterable[str]]:
-    """From MLflow's client."""
-    client = tracking.client()
-    from mlflow.exceptions import MlflowException
-
-    with _reaching(address):
-        try:
-            aliases = client.get_registered_model(name).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None, [model.name for model in client.search_registered_models(max_results=1000)]
-        versions = {
-            str(found.version): Version(name, str(found.version), "", dict(found.tags))
-            for found in client.search_model_versions(f"name = '{name}'")
-        }
-    return Entry(versions, {alias: str(number) for alias, number in aliases.items()}), []
-
-
-def _knock(address: str) -> None:
-    """Raises UserError within PATIENCE where no server answers: MLflow's client would try for longer."""
-    if not address.startswith(("http://", "https://")):
-        return
-    try:
-        urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=PATIENCE).close()
-    except urllib.error.HTTPError:
-        return  # it answers, if not this question
-    except (OSError, http.client.HTTPException) as error:
-        why = str(getattr(error, "reason", None) or error)
-        raise UserError(f"{address}: the registry does not answer: {why}") from error
-
-
-@contextlib.contextmanager
-def _reaching(address: str) -> Iterator[None]:
-    """What MLflow raises, as one line."""
-    try:
-        yield
-    except tracking.problems() as error:
-        why = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{address}: the registry cannot be read: {why}") from error

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genus import tracking
 from genus.errors import UserError
 from genus.files import read_json
+from genus.registry.entries import Entry, Version, ask, look
 from genus.registry.gate import METRICS
 from genus.registry.package import FORMAT, save, seal
 
@@ -54,35 +54,25 @@ class Figures:
         }
 
 
-@dataclass
-class Entry:
-    """What the registry holds under one name: tags by version, and versions by alias."""
+def alike(entry: Entry, content: str, knobs: dict[str, Any]) -> str | None:
+    """The version with this content that is packaged with these knobs, as packages are now; the newest of several.
 
-    versions: dict[str, dict[str, str]] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    Versions of an older Genus have no manifest and can't be verified: their content is packaged anew.
+    """
+    wanted = {"genus.sha256": content, "genus.knobs": _knobs(knobs), "genus.format": str(FORMAT)}
+    found = [number for number, version in entry.versions.items() if wanted.items() <= version.tags.items()]
+    return max(found, key=int, default=None)
 
-    def of(self, content: str, knobs: dict[str, Any]) -> str | None:
-        """The version with this content that is packaged with these knobs, as packages are now; the newest of several.
 
-        Versions of an older Genus have no manifest and can't be verified: their content is packaged anew.
-        """
-        wanted = {"genus.sha256": content, "genus.knobs": _knobs(knobs), "genus.format": str(FORMAT)}
-        found = [number for number, tags in self.versions.items() if wanted.items() <= tags.items()]
-        return max(found, key=int, default=None)
+def decided(entry: Entry, number: str, data: str) -> bool:
+    """Whether nothing is to be decided of a version: it is champion, was rolled back, or lost to this champion."""
+    holder, tags = entry.aliases.get(CHAMPION), entry.versions[number].tags
+    return number == holder or "genus.rolled_back" in tags or tags.get("genus.decided_against") == against(holder, data)
 
-    def decided(self, number: str, data: str) -> bool:
-        """Whether nothing is to be decided of a version: it is champion, was rolled back, or lost to this champion."""
-        holder, tags = self.aliases.get(CHAMPION), self.versions[number]
-        return (
-            number == holder
-            or "genus.rolled_back" in tags
-            or tags.get("genus.decided_against") == against(holder, data)
-        )
 
-    def serves(self, number: str) -> bool:
-        """Whether a version may answer a need: it works, and nobody has rolled it back."""
-        tags = self.versions[number]
-        return tags.get("genus.works") == "yes" and "genus.rolled_back" not in tags
+def serves(version: Version) -> bool:
+    """Whether a version may answer a need: it works, and nobody has rolled it back."""
+    return version.tags.get("genus.works") == "yes" and "genus.rolled_back" not in version.tags
 
 
 def against(holder: str | None, data: str) -> str:
@@ -117,11 +107,11 @@ def ensure(
     if entry is None:
         client.create_registered_model(name, description=f"{about['family']} on {about['dataset']}. {about['paper']}")
         entry = Entry()
-    number = entry.of(tracking.fingerprint(folder), knobs)
+    number = alike(entry, tracking.fingerprint(folder), knobs)
     if number is None:
         number = _create(client, folder, about, run, knobs, facts)
-        entry.versions[number] = {}
-    tags = entry.versions[number]
+        entry.versions[number] = Version(name, number)
+    tags = entry.versions[number].tags
     set_tags(client, name, number, figures.tags() if figures else {}, tags)
     newest = number == max(entry.versions, key=int)
     if newest and entry.aliases.get(CHAMPION) != number and "genus.decided_against" not in tags:
@@ -141,22 +131,24 @@ def settled(files: Mapping[str, str], data: Mapping[str, str], needs: Needs) -> 
 
     ``files``: {model: hash of the files behind it}; ``data``: {model: hash of the data that it would be judged on}.
     """
-    entries = _look([*files, *needs])
+    there = _lasting([*files, *needs])
     numbers: dict[str, str] = {}
     for name, content in files.items():
-        entry = entries.get(name, Entry())
-        same = [number for number, tags in entry.versions.items() if tags.get("genus.files") == content]
-        if not same or not entry.decided(max(same, key=int), data[name]):
+        entry = there.get(name, Entry())
+        same = [number for number, version in entry.versions.items() if version.tags.get("genus.files") == content]
+        if not same or not decided(entry, max(same, key=int), data[name]):
             return False
         numbers[name] = max(same, key=int)
     for dataset, wanted in needs.items():
-        entry = entries.get(dataset, Entry())
-        there = {alias: entry.versions.get(number, {}) for alias, number in entry.aliases.items()}
-        found = {alias: (tags.get("genus.model"), tags.get("genus.model_version")) for alias, tags in there.items()}
+        entry = there.get(dataset, Entry())
+        found = {}
+        for alias, number in entry.aliases.items():
+            tags = entry.versions[number].tags if number in entry.versions else {}
+            found[alias] = (tags.get("genus.model"), tags.get("genus.model_version"))
         if found != {
             alias: (model, numbers[model])
             for alias, model in wanted.items()
-            if model in numbers and entries[model].serves(numbers[model])
+            if model in numbers and serves(there[model].versions[numbers[model]])
         }:
             return False
     return True
@@ -208,63 +200,25 @@ def status(models: Iterable[str], root: str | Path = "models") -> dict[str, dict
     under ``root``, or the newest where they have none. Empty where no store answers. Quick.
     """
     table: dict[str, dict[str, Any]] = {}
-    for name, entry in _look(models).items():
+    for name, entry in _lasting(models).items():
         try:
             content = tracking.fingerprint(Path(root) / name)
         except UserError:
             content = ""
-        same = [number for number, tags in entry.versions.items() if tags.get("genus.sha256") == content]
+        same = [number for number, version in entry.versions.items() if version.tags.get("genus.sha256") == content]
         version = max(same or entry.versions, key=int)
         table[name] = {"version": version, "aliases": sorted(a for a, v in entry.aliases.items() if v == version)}
     return table
 
 
-def _look(models: Iterable[str]) -> dict[str, Entry]:
-    """What the registry holds of these models, without importing MLflow (seconds) where its database is a local file.
-
-    Only versions whose run is there. Where the tables are not as this MLflow has them, the client is asked.
+def _lasting(names: Iterable[str]) -> dict[str, Entry]:
+    """What the registry holds under these names that it knows, of versions whose run is there; nothing where it is
+    silent.
     """
-    models, address = list(models), tracking.uri()
-    if address.startswith("sqlite:///"):
-        database = Path(address.removeprefix("sqlite:///"))
-        if not database.exists():
-            return {}
-        with contextlib.suppress(sqlite3.Error):
-            return _read(database, models)
-    try:
-        client = tracking.client()
-        answers = {name: ask(client, name) for name in models}
-    except tracking.problems():
-        return {}
-    return {name: entry for name, entry in answers.items() if entry is not None and entry.versions}
-
-
-def ask(client: MlflowClient, name: str) -> Entry | None:
-    """What the registry holds under a name, None where it does not know it. Raises what MLflow raises."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = client.get_registered_model(name).aliases
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    versions = client.search_model_versions(f"name = '{name}'")
-    return Entry({str(v.version): dict(v.tags) for v in versions}, {a: str(v) for a, v in aliases.items()})
-
-
-def _read(database: Path, models: list[str]) -> dict[str, Entry]:
-    """The same from the database's tables. Raises sqlite3.Error where they are others."""
-    found: dict[str, Entry] = {}
-    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=20)) as store:
-        with_run = "FROM model_versions JOIN runs ON run_id = run_uuid WHERE lifecycle_stage = 'active'"
-        for name, version in store.execute(f"SELECT model_versions.name, version {with_run}"):
-            if name in models:
-                found.setdefault(name, Entry()).versions[str(version)] = {}
-        for name, version, key, value in store.execute("SELECT name, version, key, value FROM model_version_tags"):
-            if name in found and str(version) in found[name].versions:
-                found[name].versions[str(version)][key] = value
-        for name, alias, version in store.execute("SELECT name, alias, version FROM registered_model_aliases"):
-            if name in found:
-                found[name].aliases[alias] = str(version)
-    return {name: found[name] for name in models if name in found}
+    there = {}
+    with contextlib.suppress(UserError):
+        for name, entry in look(names).items():
+            versions = {number: version for number, version in entry.versions.items() if version.lasting}
+            if versions:
+                there[name] = Entry(versions, entry.aliases)
+    return there

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from genus import config
+from genus.errors import UserError
 from genus.files import replacing, write_json
 from genus.stages.records import failure_recorded
 
@@ -23,6 +24,7 @@ GRIDS = 5  # grids of samples during a training, for the slider in MLflow
 def run(name: str) -> None:
     """Trains ``name`` and writes weights.safetensors, model.json, history.csv, samples.png and its timing.
 
+    Raises UserError where the model's family does not take data of this kind.
     Started by torchrun, or with GENUS_TORCHRUN set, in several processes, of which the first one alone writes.
     """
     params = config.load()
@@ -36,9 +38,9 @@ def run(name: str) -> None:
     from safetensors.torch import save_file
 
     from genus import progress, tracking
-    from genus.contract import Family, Samples, build, parameter_count
+    from genus.contract import Family, Samples, build, family_class, parameter_count
     from genus.data.loaders import open_dataset
-    from genus.pictures import grid
+    from genus.pictures import grid, page
     from genus.sampling import draw
     from genus.training import NonFiniteLoss, pick_device, set_up, train
 
@@ -46,6 +48,9 @@ def run(name: str) -> None:
     group, device = parallel.join(pick_device(params.device))
     set_up(params.threads, params.seed)
     data = open_dataset(chosen.dataset)
+    if data.spec.kind not in (kinds := family_class(chosen.family).kinds):
+        takes = f"family '{chosen.family}' takes {' and '.join(kinds)} data"
+        raise UserError(f"models.{name}: {takes}, and data set '{chosen.dataset}' is of kind {data.spec.kind}")
     model = build(chosen.family, data.spec, chosen.params)
     steps = max(1, round(chosen.train.steps * params.budget))
     about: dict[str, Any] = {
@@ -94,12 +99,13 @@ def run(name: str) -> None:
     ) as run:
 
         def picture(drawn: np.ndarray) -> np.ndarray:
+            if data.spec.kind == "text":
+                return page([data.spec.text(tokens) for tokens in drawn.tolist()])
             return grid(drawn, levels=data.spec.levels)
 
         def on_log(row: dict[str, float], speed: dict[str, float]) -> None:
-            run.log(row | {"images_per_s": speed["images_per_s"]})
-            rate, left = speed["images_per_s"], speed["seconds_left"]
-            progress.report(int(row["step"]), steps, loss=_headline(row), images_per_s=rate, seconds_left=left)
+            run.log(row | {figure: value for figure, value in speed.items() if figure.endswith("_per_s")})
+            progress.report(int(row["step"]), steps, unit="step", loss=_headline(row), **speed)
 
         def on_samples(model: Family, step: int) -> None:
             run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
@@ -117,7 +123,8 @@ def run(name: str) -> None:
         _write_history(folder / "history.csv", result.history)
         result.model.to(device)
         if isinstance(result.model, Samples):
-            shown = picture(draw(result.model, 64, seed=params.seed, device=device, knobs=knobs))
+            count = 16 if data.spec.kind == "text" else 64
+            shown = picture(draw(result.model, count, seed=params.seed, device=device, knobs=knobs))
             run.image(shown, steps)
             _write_picture(folder / "samples.png", shown)
         write_json(Path("reports/timing/train") / f"{name}.json", result.timing)

@@ -3,10 +3,10 @@
     python -m genus.stages.trial --dataset=digits PACKAGE OUT.json [PACKAGE OUT.json]
 
 imports the libraries once and then forks a process a package, two at a time, in which nothing but libraries has been
-imported: so two versions' code never meets. How many examples and samples a version is measured with depends on its
-measured speed, in the steps of LADDER; all else is deterministic, and a smaller number's are the first of a larger's,
-so that versions of unlike speed are compared by what both have. Speed is measured in CPU time of the one thread, which
-other work on the machine hardly changes.
+imported: so two versions' code never meets. A slow version is measured with fewer examples and samples, in the steps
+of LADDER: as many as the computations counted in its code allow (genus.evaluation.effort), whatever else the machine
+does meanwhile. A smaller number's are the first of a larger's, so that versions of unlike speed are compared by what
+both have. Only ``sample_ms`` is measured, in CPU time of the one thread, which other work hardly changes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from genus.files import write_json
 
 SEEDS = (0, 1, 2)  # drawn to see whether it works
 LADDER = (100, 250, 500, 1000, 2000)
-LIKELIHOOD_SECONDS, SAMPLE_SECONDS = 6.0, 12.0  # that the number's choice aims at
-BATCH = 100  # samples drawn at once: bytes depend on it
+LIKELIHOOD_SECONDS, SAMPLE_SECONDS = 6.0, 12.0  # by count, that the number's choice aims at
+COUNTED = 4  # in the batch whose computations are counted
+BATCH = 100  # samples drawn, and examples scored, at once: bytes depend on it
 TIMED, REPEATS, PATIENCE = 32, 5, 3.0  # samples in a timed batch, how often, and seconds after which no more
 RESAMPLED = 100  # Fréchet distances
 COPIES = 1000  # most samples whose nearest training image is looked for
@@ -52,6 +53,7 @@ def main() -> None:
     if given.dataset:
         import scipy.linalg  # noqa: F401
 
+        import genus.evaluation.effort
         import genus.evaluation.reference
         import genus.sampling  # noqa: F401
     torch.set_num_threads(1)
@@ -125,10 +127,7 @@ def measured(runtime: Any, dataset: str) -> dict[str, Any]:
 
 def _bits(runtime: Any, images: np.ndarray) -> list[float]:
     """Bits/dim of the first examples, with the same noise for every version."""
-    few = images[: LADDER[0]]
-    started = time.process_time()
-    runtime.log_prob(few, SEED)
-    n = _affordable((time.process_time() - started) / len(few), LIKELIHOOD_SECONDS)
+    n = _affordable(lambda: runtime.log_prob(images[:COUNTED], SEED), LIKELIHOOD_SECONDS)
     bits = runtime.bits_per_dim(runtime.log_prob(images[:n], SEED))
     if not np.isfinite(bits).all():
         raise ValueError(
@@ -149,14 +148,14 @@ def _quality(runtime: Any, data: Any) -> dict[str, Any]:
         cpu = torch.device("cpu")
         return draw(runtime.model, n, seed=seed, device=cpu, batch_size=batch_size, knobs=runtime.knobs, quiet=True)
 
-    drawn(2, SEED)  # first-call costs
+    n = _affordable(lambda: drawn(COUNTED, SEED), SAMPLE_SECONDS)
     seconds: list[float] = []
     while len(seconds) < REPEATS and sum(seconds) < PATIENCE:
         started = time.process_time()
         drawn(TIMED, SEED, TIMED)
         seconds.append(time.process_time() - started)
     one = min(seconds) / TIMED  # the least disturbed
-    samples = drawn(_affordable(one, SAMPLE_SECONDS), SEED + 1)
+    samples = drawn(n, SEED + 1)
 
     view = open_reference(data, Path("data/judge") / data.folder.name).views["judge"]
     train, held_out = data.split("train"), data.split("validation")
@@ -182,8 +181,13 @@ def _quality(runtime: Any, data: Any) -> dict[str, Any]:
     return {"sample_ms": 1e3 * one, "quality": quality}
 
 
-def _affordable(each: float, seconds: float) -> int:
-    """The highest step of LADDER that takes no longer, the lowest at least."""
+def _affordable(few: Callable[[], object], seconds: float) -> int:
+    """The highest step of LADDER that by count takes no longer, the lowest at least; ``few`` computes COUNTED."""
+    from genus.evaluation.effort import Effort
+
+    with Effort() as effort:
+        few()
+    each = effort.fixed / BATCH + effort.growing / COUNTED
     return max((step for step in LADDER if step * each <= seconds), default=LADDER[0])
 
 

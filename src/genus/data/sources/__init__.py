@@ -2,7 +2,6 @@
 
 A source is a class of checked options (``datasets.<name>.options``) that ends its file as ``Source = …``. It says what
 its data looks like and then streams it, one example at a time, so that nothing here needs room for all of them.
-Only images so far; ``About.kind`` keeps the place of text.
 """
 
 from __future__ import annotations
@@ -31,6 +30,15 @@ class Example(NamedTuple):
     origin: str  # where it came from, for people
 
 
+class Document(NamedTuple):
+    """A document of text, or a part of one: what is longer than the source's ``longest`` comes in several."""
+
+    split: str  # train, validation or test; that of its first part where it is a part
+    text: str  # not empty
+    origin: str
+    goes_on: bool = False  # whether it continues the document before
+
+
 class Broken(NamedTuple):
     """An example that cannot be used, and why. ``open`` gives its bytes where they are worth keeping."""
 
@@ -41,14 +49,19 @@ class Broken(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """What a source's data is. ``test``: share to carve out where the source has no test split of its own."""
+    """What a source's data is. ``test``: share to carve out where the source has no test split of its own.
 
-    spec: DataSpec
+    Text has no ``spec`` before it has been read: its alphabet is the symbols that are at least ``least`` times in the
+    train split.
+    """
+
+    spec: DataSpec | None
     licence: str
     source: str
-    count: int  # examples, broken ones included, for the progress line
+    count: int  # examples, broken ones included, for the progress line; 0: not known
     test: float = 0.0
-    kind: str = "image"
+    kind: str = "image"  # or text
+    least: int = 1
 
 
 class Source(Protocol):
@@ -58,8 +71,8 @@ class Source(Protocol):
         """Fetches what is missing and describes it. Raises UserError where the data cannot be had."""
         ...
 
-    def examples(self) -> Iterator[Example | Broken]:
-        """Streams all examples, always in the same order."""
+    def examples(self) -> Iterator[Example | Document | Broken]:
+        """Streams all examples (text: documents), always in the same order."""
         ...
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 
 from genus.config import Section
 from genus.data.sources import About, Example
+from genus.data.sources._debian import TIMEOUT, unpack
 from genus.data.spec import DataSpec
 from genus.errors import TransientError, UserError
 from genus.files import replacing
@@ -36,7 +36,6 @@ CONTENT = {  # SHA-256 of the decompressed files
 SPLITS = {"train": "train", "test": "t10k"}
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 PACKAGE = "dataset-fashion-mnist"
-TIMEOUT = 10  # seconds without an answer
 IMAGES = 1000  # read at once
 
 
@@ -161,20 +160,7 @@ def _from_mirrors(names: list[str], scratch: Path) -> dict[str, Path]:
 
 def _from_package(names: list[str], scratch: Path) -> dict[str, Path]:
     """Unpacks the Debian package without installing it. Raises OSError or SubprocessError where that fails."""
-
-    def command(*words: str) -> None:
-        subprocess.run(words, cwd=scratch, check=True, capture_output=True, timeout=300)
-
-    patience = ("-o", f"Acquire::http::Timeout={TIMEOUT}", "-o", "Acquire::Retries=0")
-    try:
-        command("apt-get", *patience, "download", PACKAGE)
-    except subprocess.CalledProcessError:
-        if os.geteuid() != 0:
-            raise
-        command("apt-get", *patience, "update")  # no lists yet, or stale ones; only root may
-        command("apt-get", *patience, "download", PACKAGE)
-    command("dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "unpacked")
-    folder = scratch / "unpacked" / "usr" / "share" / "datasets" / "fashion-mnist"
+    folder = unpack([PACKAGE], scratch) / "usr" / "share" / "datasets" / "fashion-mnist"
     return {name: folder / f"{name}.gz" for name in names}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from genus.data.loaders import Dataset
 from genus.data.options import checked
 from genus.data.validation.suite import Checks
+from genus.data.validation.text import TextChecks
 from genus.errors import UserError
 from genus.files import write_json, write_text
 
@@ -24,7 +25,8 @@ def validate(dataset: Dataset, checks: dict[str, Any], reports: Path = Path("rep
     expectation that failed, its figures and the page, and leaves no record then.
     """
     name = dataset.description["name"]
-    limits = checked(Checks, checks, f"datasets.{name}.checks")
+    kind: type[Checks | TextChecks] = TextChecks if dataset.spec.kind == "text" else Checks
+    limits = checked(kind, checks, f"datasets.{name}.checks")
     record_file = reports / "validation" / f"{name}.json"
     page_file = reports / "data_docs" / name / "index.html"
     record_file.unlink(missing_ok=True)  # a failed validation must not look like the last good one

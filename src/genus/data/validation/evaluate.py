@@ -10,8 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from genus.data.loaders import Dataset
-from genus.data.validation import suite
-from genus.data.validation.tables import split_table
+from genus.data.validation import suite, tables, text
 from genus.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
 
 
-def evaluate(dataset: Dataset, checks: suite.Checks) -> tuple[dict[str, Any], str]:
+def evaluate(dataset: Dataset, checks: suite.Checks | text.TextChecks) -> tuple[dict[str, Any], str]:
     """The record of all expectations (with the table of splits), and the page as HTML."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the package is imported
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
@@ -28,14 +27,15 @@ def evaluate(dataset: Dataset, checks: suite.Checks) -> tuple[dict[str, Any], st
     path = dataset.folder / "table.parquet"
     try:
         examples = pd.read_parquet(path)
-        splits = split_table(dataset, examples)
+        splits = (text if isinstance(checks, text.TextChecks) else tables).split_table(dataset, examples)
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"{path}: unreadable table: {str(error).splitlines()[0]}; ingest again") from error
     counts = dataset.description["counts"]
-    results = {
-        "examples": _run("examples", examples, suite.of_examples(dataset.spec, counts, checks)),
-        "splits": _run("splits", splits, suite.of_splits(dataset.spec, checks)),
-    }
+    if isinstance(checks, text.TextChecks):
+        of_examples, of_splits = text.of_documents(dataset.spec, counts, checks), text.of_splits(dataset.spec, checks)
+    else:
+        of_examples, of_splits = suite.of_examples(dataset.spec, counts, checks), suite.of_splits(dataset.spec, checks)
+    results = {"examples": _run("examples", examples, of_examples), "splits": _run("splits", splits, of_splits)}
     expectations = [_outcome(table, result) for table in results for result in results[table]["results"]]
     record = {
         "dataset": dataset.description["name"],

@@ -27,8 +27,8 @@ WAVES = (math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi)  # radians a unit of x
 class Layer(nn.Module):
     """One gated layer of both stacks (van den Oord et al. 2016, figure 2), each with a residual connection.
 
-    Both methods take their stack's features with ``dilation`` rows above, or columns to the left, of what they return,
-    so that the sampler can ask for a single row or position.
+    ``vertical`` and ``horizontal`` take their stack's features with ``dilation`` rows above, or columns to the left, of
+    what they return, so that the sampler can ask for a single row.
     """
 
     def __init__(self, channels: int, dilation: int):
@@ -49,6 +49,11 @@ class Layer(nn.Module):
         gated = F.glu(self.right(h) + self.across(v), 1)
         return h[..., self.dilation :] + self.mix(gated)
 
+    def onward(self, before: Tensor, h: Tensor, across: Tensor) -> Tensor:
+        """``horizontal`` at one position: itself and the one ``dilation`` before, [B, C]; across(v), [B, 2C]."""
+        gated = F.glu(at(self.right, torch.stack([before, h], 2)) + across, 1)
+        return h + at(self.mix, gated)
+
 
 class Head(nn.Module):
     """Mixture parameters of the D values of a position: value j from the position's features and values 0 … j - 1."""
@@ -57,7 +62,7 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, values: int, width: int, mixtures: int, inputs: int = 2):
         super().__init__()
-        self.values = values
+        self.values, self.width = values, width
         self.features = nn.Linear(channels, values * width)
         self.earlier = nn.Parameter(0.3 * torch.randn(values * width, inputs * values))
         self.hidden = nn.Parameter(torch.randn(values, width, width) / math.sqrt(width))
@@ -69,12 +74,18 @@ class Head(nn.Module):
         mask = torch.ones(values, values).tril(-1).repeat_interleave(width, 0).repeat(1, inputs)
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, features: Tensor, x: Tensor) -> Tensor:
-        """Features [P, channels] and inputs [P, inputs * D] -> mixture parameters [D, 3 * mixtures, P]."""
-        hidden = self.features(features) + F.linear(x, self.earlier * self.mask)
-        hidden = F.relu(hidden).T.unflatten(0, (self.values, -1))  # [D, width, P]
-        hidden = F.relu(torch.baddbmm(self.hidden_bias, self.hidden, hidden))
-        return torch.baddbmm(self.out_bias, self.out, hidden)
+    def forward(self, features: Tensor, x: Tensor, only: int | None = None) -> Tensor:
+        """Features [P, channels] and inputs [P, inputs * D] -> mixture parameters [D, 3 * mixtures, P].
+
+        ``only``: those of this value alone, [1, 3 * mixtures, P].
+        """
+        value = slice(None) if only is None else slice(only, only + 1)
+        units = slice(None) if only is None else slice(only * self.width, (only + 1) * self.width)
+        hidden = F.linear(features, self.features.weight[units], self.features.bias[units])
+        hidden = hidden + F.linear(x, self.earlier[units] * self.mask[units])
+        hidden = F.relu(hidden).T.unflatten(0, (-1, self.width))  # [D, width, P]
+        hidden = F.relu(torch.baddbmm(self.hidden_bias[value], self.hidden[value], hidden))
+        return torch.baddbmm(self.out_bias[value], self.out[value], hidden)
 
 
 class PixelCNN(Family):
@@ -162,33 +173,35 @@ class PixelCNN(Family):
         each from the kept features of earlier rows or positions. ``temperature`` < 1 sharpens every conditional.
         """
         if self.spec.flat:
-            x = self.place_h.new_zeros(n, *self.spec.shape)
-            for j in range(self.values):
-                x[:, j, 0, 0] = self._draw(self.conditionals(x)[j : j + 1], generator, temperature)
-            return x
+            x = self.place_h.new_zeros(n, self.values)
+            self._fill(x, self.place_h.flatten().expand(n, -1), generator, temperature)
+            return x.view(n, *self.spec.shape)
         rows, columns, place = self.rows, self.columns, self.place_v
         x = place.new_zeros(n, self.values, rows, columns)
         seen = place.new_zeros(n, 2 * self.values, rows + 2, columns + 3)
         above = [place.new_zeros(n, self.channels, rows + layer.dilation, columns) for layer in self.stack()]
         for r in range(rows):
             v = self.first_down(seen[:, :, r : r + 2, 1:]) + place[:, r : r + 1]
-            row = []
+            across = []
             for layer, kept in zip(self.stack(), above, strict=True):
                 kept[:, :, r + layer.dilation] = v[:, :, 0]
                 v = layer.vertical(kept[:, :, r : r + layer.dilation + 1])
-                row.append(v)
-            left = [place.new_zeros(n, self.channels, 1, columns + layer.dilation) for layer in self.stack()]
+                across.append(layer.across(v)[:, :, 0].permute(2, 0, 1).contiguous())  # [columns, n, 2C]
+            left = [place.new_zeros(columns + layer.dilation, n, self.channels) for layer in self.stack()]
             for c in range(columns):
-                h = self.first_right(seen[:, :, r + 2 : r + 3, c : c + 2]) + self.place_h[:, r : r + 1, c : c + 1]
-                for layer, kept, v in zip(self.stack(), left, row, strict=True):
-                    kept[..., c + layer.dilation] = h[..., 0]
-                    h = layer.horizontal(kept[..., c : c + layer.dilation + 1], v[..., c : c + 1])
-                features = F.relu(h).flatten(1)
-                for j in range(self.values):
-                    parameters = self.head(features, self._inputs(x[:, :, r, c]))[j : j + 1]
-                    x[:, j, r, c] = self._draw(parameters, generator, temperature)
-                seen[:, :, r + 2, c + 2] = self._inputs(x[:, :, r, c])
+                h = at(self.first_right, seen[:, :, r + 2, c : c + 2]) + self.place_h[:, r, c]
+                for layer, kept, from_above in zip(self.stack(), left, across, strict=True):
+                    kept[c + layer.dilation] = h
+                    h = layer.onward(kept[c], h, from_above[c])
+                seen[:, :, r + 2, c + 2] = self._fill(x[:, :, r, c], F.relu(h), generator, temperature)
         return F.pixel_shuffle(x, self.block)
+
+    def _fill(self, x: Tensor, features: Tensor, generator: Generator, temperature: float) -> Tensor:
+        """Draws the values of one position into ``x`` [B, D], from its features [B, C]; returns their inputs."""
+        for j in range(self.values):
+            parameters = self.head(features, self._inputs(x), j)
+            x[:, j] = logistic.sample(parameters, self.spec.levels, generator=generator, temperature=temperature)[0]
+        return self._inputs(x)
 
     def _inputs(self, x: Tensor) -> Tensor:
         """The values, and whether each is the lowest level (backgrounds often are): [B, D, …] -> [B, 2D, …].
@@ -200,9 +213,10 @@ class PixelCNN(Family):
             inputs += [torch.sin(wave * x), torch.cos(wave * x)]
         return torch.cat(inputs, 1)
 
-    def _draw(self, parameters: Tensor, generator: Generator, temperature: float) -> Tensor:
-        """One value of each image from mixture parameters [1, 3 * mixtures, B]: [B]."""
-        return logistic.sample(parameters, self.spec.levels, generator=generator, temperature=temperature)[0]
+
+def at(convolution: nn.Conv2d, window: Tensor) -> Tensor:
+    """A convolution at the one place that its window [B, C, …] is of: [B, C']. A matrix product has less to set up."""
+    return F.linear(window.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 Model = PixelCNN
