@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 SPEC = DataSpec((1, 8, 8), 17)
 # pixelcnn draws nothing and has nothing that the others have not; `python tests/test_parallel.py` measures it as well.
 NAMES = ["digits-glow", "digits-vae", "digits-gan", "digits-ncsn"]
-STEPS = 30
+STEPS = 16
 
 
 def fit(model: Family, config: Train, processes: Group, **options) -> Result:
@@ -91,7 +91,7 @@ def in_a_process(names: list[str], folder: Path) -> None:
         pass
 
     def interrupt(row: dict[str, float], speed: dict[str, float]) -> None:
-        if row["step"] == 20:
+        if row["step"] == 10:
             raise Interrupted
 
     options: dict = {"checkpoint": folder / f"only-{processes.rank}", "checkpoint_every": 0}
@@ -142,7 +142,7 @@ def test_two_processes_follow_one_with_the_whole_batch(name: str, two: list[dict
 
 def test_a_training_in_processes_resumes_to_the_same_bytes_from_the_first_ones_file(two: list[dict]) -> None:
     for seen in two:
-        assert seen["resumed at"] == 20 and seen["same"] and seen["files"] == ["only-0"]
+        assert seen["resumed at"] == 10 and seen["same"] and seen["files"] == ["only-0"]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_step_and_term(two: list[dict]) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from genus import forkserver
+from genus.config import fixed_threads
 from tests.backends import servers
 from tests.conftest import new_project
 
@@ -56,8 +58,11 @@ def trained(
     folder, database = tmp_path_factory.mktemp("trained"), postgres("mlflow")
     new_project(folder)
     _one_small_model(folder / "params.yaml")
+    forks = folder / ".genus/forks.sock"
     with servers.mlflow(database, s3) as address:
-        call(folder, "dvc", "repro", f"evaluate@{MODEL}", MLFLOW_TRACKING_URI=address)
+        with forkserver.running(forks, fixed_threads(1)):  # else each stage does its own imports
+            variables = {"MLFLOW_TRACKING_URI": address, forkserver.VARIABLE: str(forks)}
+            call(folder, "dvc", "repro", f"evaluate@{MODEL}", **variables)
         call(folder, "genus", "register", "smoke", MLFLOW_TRACKING_URI=address)
         yield Trained(folder, address, database)
 

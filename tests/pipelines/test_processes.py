@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,12 +147,16 @@ def test_killed_stage_is_one_line_and_leaves_nothing(toy: Path, monkeypatch: pyt
     assert (toy / "data/processed/digits/train.npy").read_text() == "digits"
 
 
-def test_killed_flow_and_killed_server(toy: Path, monkeypatch: pytest.MonkeyPatch, prefect: None) -> None:
+def test_killed_flow_and_killed_server(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, prefect: None, prefect_database: Path
+) -> None:
     """With a Prefect server of its own, which is started again when it is killed, and ends with the flow."""
     from prefect.settings import PREFECT_API_URL
 
     monkeypatch.setenv("TOY_SECONDS", "600")
     monkeypatch.setenv("PREFECT_HOME", str(toy / "prefect"))
+    (toy / "prefect").mkdir()
+    shutil.copy(prefect_database, toy / "prefect/prefect.db")
     command = [GENUS, "run", "--models", "digits-vae"]
     with open(toy / "said.txt", "wb") as said:
         run = subprocess.Popen(command, cwd=toy, stdout=said, stderr=said, start_new_session=True)

@@ -60,6 +60,14 @@ def fed(toy: Path) -> Path:
     return toy
 
 
+@pytest.fixture
+def home(fed: Path, prefect_database: Path) -> str:
+    """A PREFECT_HOME for a server of the test's own."""
+    (fed / "prefect").mkdir()
+    shutil.copy(prefect_database, fed / "prefect/prefect.db")
+    return str(fed / "prefect")
+
+
 def told_of(folder: Path) -> list[dict[str, Any]]:
     """What TELL was told of."""
     path = folder / "told.jsonl"
@@ -70,7 +78,14 @@ def told_of(folder: Path) -> list[dict[str, Any]]:
 def started(folder: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command in the folder, its output in <command's name>.out; ended as Ctrl-C would at the end of the block."""
     with (folder / f"{Path(command[0]).name}-{command[1]}.out").open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job of the background ignores it
+        )
     try:
         yield process
     finally:
@@ -114,11 +129,11 @@ def ended(api: str, deployment: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_schedule_makes_cron_runs_and_runs_when_data_has_changed(fed: Path) -> None:
+def test_schedule_makes_cron_runs_and_runs_when_data_has_changed(fed: Path, home: str) -> None:
     # With SQLAlchemy 2.1 it is the cron runs that silently do not happen.
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | QUICK | {"PREFECT_HOME": str(fed / "prefect"), notify.VARIABLE: TELL}
+    environment = os.environ | QUICK | {"PREFECT_HOME": home, notify.VARIABLE: TELL}
     environment.pop("PREFECT_API_URL", None)
     minute = (datetime.now(UTC) + timedelta(minutes=30)).minute  # not while the test runs
     command = (str(BIN / "genus"), "schedule", "--cron", f"{minute} * * * *", "--poll", "1", "--collection", "smoke")
@@ -139,21 +154,26 @@ def test_schedule_makes_cron_runs_and_runs_when_data_has_changed(fed: Path) -> N
         (fed / "stage.py").write_text("import time\nopen('ran.txt', 'a').write('slow')\ntime.sleep(120)\n")
         [manual] = ask(api, "deployments/filter", deployments={"name": {"any_": ["manual"]}})
         parameters = {"datasets": ["new"], "force": True}
-        ask(api, f"deployments/{manual['id']}/create_flow_run", parameters=parameters, state={"type": "SCHEDULED"})
-        until(lambda: "slow" in ran(fed))
+
+        def begin(number: int) -> None:
+            ask(api, f"deployments/{manual['id']}/create_flow_run", parameters=parameters, state={"type": "SCHEDULED"})
+            until(lambda: "".join(ran(fed)).count("slow") == number)
+
+        begin(1)
         [run] = [one for one in psutil.Process(process.pid).children() if "prefect.engine" in one.cmdline()]
         run.kill()
         assert until(lambda: ended(api, "manual"))[0]["state_type"] == "CRASHED"
         [told] = until(lambda: told_of(fed))
         assert told["event"] == "failure" and "SIGKILL" in told["text"]
+        begin(2)  # is going on when the schedule is told to end
     until(lambda: not processes_of(fed), 60)  # neither of the run nor of the schedule
 
 
 @pytest.mark.slow
-def test_worker_runs_the_deployments_of_prefect_yaml(fed: Path) -> None:
+def test_worker_runs_the_deployments_of_prefect_yaml(fed: Path, home: str) -> None:
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | QUICK | {"PREFECT_HOME": str(fed / "prefect"), "PREFECT_API_URL": api}
+    environment = os.environ | QUICK | {"PREFECT_HOME": home, "PREFECT_API_URL": api}
     prefect = str(BIN / "prefect")
 
     def call(*words: str) -> None:
