@@ -60,7 +60,7 @@ def ingest(name: str, config: Dataset, seed: int, root: str | os.PathLike[str] =
                     broken.add(example)
                 else:
                     good.add(example)  # type: ignore[arg-type]
-                progress.report(number, about.count or number + 1, unit=good.unit)
+                progress.report(number, about.count if number <= about.count else number + 1, unit=good.unit)
         _judge_broken(name, broken, len(good.given), config.max_broken)
         given, labels = np.frombuffer(good.given, np.int8), np.frombuffer(good.labels, np.int64)
         where = _carve(given, labels, about.test, config.validation, seed, f"data set '{name}'")

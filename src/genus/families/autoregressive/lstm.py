@@ -5,7 +5,7 @@ parallel streams, the memory goes from each window to the next, gradients stop t
 dropout is on the connections that are not recurrent, one mask a window (Merity et al. 2018, arXiv:1708.02182, 4.1).
 
 Differences from these:
-- The end of a document empties the memory: an input that is 1 there holds input and forget gates shut, so documents are
+- The end of a document empties the memory: an input that is 1 there holds input and forget gates shut. So documents are
   independent, in training as in ``log_prob``, though they come in one stream.
 - The other forget gates start open, at a bias of 1 (Gers et al. 2000).
 """
@@ -23,7 +23,7 @@ from genus import samplers
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
 
-SHUT = -30.0  # added to a gate: the rest of what it adds up is some units, and sigmoid(-20) is 2e-9
+SHUT = -1000.0  # added to a gate: nothing else that it adds up comes near, so its sigmoid and its gradient are 0
 
 Memory = tuple[tuple[Tensor, Tensor], ...]  # of each layer output and cell, both [1, B, hidden]
 
@@ -69,7 +69,7 @@ class LSTM(Family):
                 weights = dict(layer.named_parameters())  # in them the gates' order is input, forget, cell, output
                 weights["bias_hh_l0"].zero_()
                 weights["bias_ih_l0"].zero_()[hidden : 2 * hidden] = 1.0
-                weights["weight_ih_l0"][: 2 * hidden, -1] = SHUT  # its gradient there is nil: it stays
+                weights["weight_ih_l0"][: 2 * hidden, -1] = SHUT
 
     def initialise(self, batch: Batch, *, generator: Generator) -> None:
         """Makes room for what the streams of ``batch`` will carry."""
