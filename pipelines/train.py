@@ -119,7 +119,7 @@ def walk(
     if where not in ("thread", "dask"):  # a worker has its own GPU, or none: CUDA_VISIBLE_DEVICES of its environment
         slots = Slots(params.threads, "cpu", min(capacity or 1, jobs or capacity or 1))
     # One name a run: what is left of an earlier one must not take this for its own.
-    run = (STATE / "runs" / f"{os.getpid()}-{time.time_ns()}").absolute()
+    run = (STATE / "flows" / f"{os.getpid()}-{time.time_ns()}").absolute()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
     seconds = _read_seconds()
     urgency = plan.urgency(seconds)

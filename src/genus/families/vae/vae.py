@@ -2,7 +2,8 @@
 
 Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114; the importance-weighted bound is that of
 Burda et al. 2015, arXiv:1509.00519; the likelihood, a mixture of logistics a pixel, that of PixelCNN++; the weight
-``beta`` of the KL term that of Higgins et al. 2017, "beta-VAE" (ICLR).
+``beta`` of the KL term that of Higgins et al. 2017, "beta-VAE" (ICLR); the flows that bend the posterior those of
+Rezende & Mohamed 2015, arXiv:1505.05770.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Generator, Tensor, nn
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
-from genus.nn import logistic
+from genus.nn import logistic, planar, radial
+
+FLOWS = {"planar": planar, "radial": radial}  # of the posterior
 
 
 class ChannelsLast(nn.Module):
@@ -28,6 +31,9 @@ class ChannelsLast(nn.Module):
 
 class VAE(Family):
     """p(z) = N(0, I); q(z|x) = N(mean, diag) from one network; p(x|z), from another, a mixture of logistics a pixel.
+
+    ``posterior``: "diagonal" is that normal; "planar" and "radial" bend it by ``flow_layers`` layers of a flow, whose
+    parameters the encoder gives as well (Rezende & Mohamed 2015, section 4.2): the decoder stays the same.
 
     The convolutions stand at a half and a quarter of the resolution, the fully connected layers hold most parameters:
     on centred images that buys more likelihood a CPU second than convolutions at full resolution. Height and width
@@ -49,8 +55,12 @@ class VAE(Family):
         mixtures: int = 3,
         free_bits: float = 0.0,
         beta: float = 1.0,
+        posterior: str = "diagonal",
+        flow_layers: int = 16,
     ):
         super().__init__(spec)
+        if posterior not in ("diagonal", *FLOWS):
+            raise ValueError(f"posterior must be diagonal, {' or '.join(FLOWS)}, not {posterior}")
         colours, height, width = spec.shape
         if not spec.levels:
             raise ValueError("continuous data: the mixture of logistics speaks of levels")
@@ -58,6 +68,7 @@ class VAE(Family):
             latent, mixtures = min(latent, spec.dims), 4 * mixtures
         self.latent, self.mixtures, self.free_bits, self.beta = latent, mixtures, free_bits, beta
         self.fold = 1 if spec.flat else 2
+        self.bend = posterior
         if spec.flat:
             outputs = 3 * mixtures * colours
             self.encoder = nn.Sequential(nn.Flatten(), *dense(spec.dims, hidden // 2, 2 * latent, pitch=4.0))
@@ -71,6 +82,7 @@ class VAE(Family):
                 last.weight[:latent] *= 8
                 last.weight[latent:] *= 0.1
                 last.bias[latent:] -= 3
+            self._build_flow(flow_layers)
             return
         if height % 4 or width % 4:
             raise ValueError(f"a {height}x{width} image: height and width must be multiples of 4")
@@ -100,11 +112,29 @@ class VAE(Family):
             nn.ReLU(),
             nn.Conv2d(channels, 3 * mixtures * 4 * colours, 1),
         )
+        self._build_flow(flow_layers)
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of q(z|x), each [B, latent]."""
-        mean, log_std = self.encoder(x).to(x.dtype).chunk(2, dim=1)  # x's: exp() of autocast's bf16 is coarse
-        return mean, log_std
+    def _build_flow(self, layers: int) -> None:
+        """The flow's head beside the encoder's last layer, built last: all else starts the same with and without it."""
+        if self.bend not in FLOWS:
+            return
+        width = cast("nn.Linear", self.encoder[-1]).in_features
+        start = FLOWS[self.bend].start(layers, self.latent)
+        self.flow = nn.Linear(width, start.numel())
+        with torch.no_grad():
+            self.flow.weight *= 0.1
+            self.flow.bias.copy_(start.flatten())
+        self.flow_shape = start.shape
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Mean and log standard deviation of a normal, each [B, latent], and the layers that bend it to q(z|x).
+
+        A layer is its parameters as ``genus.nn.planar`` or ``radial`` has them, [B, numbers]; "diagonal" has none.
+        """
+        seen = self.encoder[:-1](x)
+        mean, log_std = self.encoder[-1](seen).to(x.dtype).chunk(2, dim=1)  # exp() of autocast's bf16 is coarse
+        layers = self.flow(seen).to(x.dtype).unflatten(1, self.flow_shape).unbind(1) if self.bend in FLOWS else ()
+        return mean, log_std, layers
 
     def likelihood(self, z: Tensor) -> Tensor:
         """Parameters of p(x|z), for the image folded 2x2 into channels: [B, 3 * mixtures, 4C, H/2, W/2].
@@ -114,18 +144,17 @@ class VAE(Family):
         return self.decoder(z).contiguous().unflatten(1, (3 * self.mixtures, -1))
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
-        """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10).
+        """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10) where no flow bends the posterior.
 
         ``beta`` weighs the KL (beta-VAE); 1 is the bound. ``free_bits`` is the KL in nats that each code dimension may
-        have at no cost (Kingma et al. 2016, arXiv:1606.04934, appendix C.8). On small images the code else stays
-        unused: its price comes before its worth.
+        have at no cost (Kingma et al. 2016, arXiv:1606.04934, appendix C.8); under a flow, which mixes dimensions, the
+        code as a whole may have as much. On small images the code else stays unused: its price comes before its worth.
         """
-        mean, log_std = self.posterior(batch.x)
-        log_px = self._log_likelihood(batch.x, _draw(mean, log_std, generator)).mean()
-        kl = kl_by_dimension(mean, log_std).mean(0)
+        z, kl = self._code(batch.x, generator)
+        log_px, kl = self._log_likelihood(batch.x, z).mean(), kl.mean(0)
         bound = (log_px - kl.sum()).detach()
         return {
-            "loss": self.beta * kl.clamp(min=self.free_bits).sum() - log_px,
+            "loss": self.beta * kl.clamp(min=self.free_bits * (self.latent / len(kl))).sum() - log_px,
             "kl": kl.detach().sum(),
             "reconstruction": -log_px.detach(),
             "bits_per_dim": -bound / (self.spec.dims * math.log(2)),
@@ -133,25 +162,51 @@ class VAE(Family):
 
     def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
         """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation."""
-        mean, log_std = self.posterior(batch.x)
-        return self._log_likelihood(batch.x, _draw(mean, log_std, generator)) - kl_to_prior(mean, log_std)
+        z, kl = self._code(batch.x, generator)
+        return self._log_likelihood(batch.x, z) - kl.sum(1)
 
     def log_weights(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
         """[k, B] nats: log p(x, z) - log q(z|x) for ``k`` draws of z (Burda et al. 2015, eq. 8).
 
         The log of their mean over k is the importance-weighted bound, tighter as k grows.
         """
-        mean, log_std = self.posterior(batch.x)
+        mean, log_std, layers = self.posterior(batch.x)
         weights = []
         for _ in range(k):
-            z = _draw(mean, log_std, generator)
-            log_ratio = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) - _log_normal(z, mean, log_std)
-            weights.append(self._log_likelihood(batch.x, z) + log_ratio)
+            noise = _noise(mean, generator)
+            start = mean + log_std.exp() * noise
+            z, log_det = self._bent(noise, mean, log_std, layers)
+            log_ratio = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) - _log_normal(start, mean, log_std)
+            weights.append(self._log_likelihood(batch.x, z) + log_ratio + log_det)
         return torch.stack(weights)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The posterior's mean: [B, latent]."""
-        return self.posterior(x)[0]
+        """The posterior's mean, or to where the flow bends its normal's: [B, latent]."""
+        mean, log_std, layers = self.posterior(x)
+        return self._bent(torch.zeros_like(mean), mean, log_std, layers)[0] if layers else mean
+
+    def _code(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """A draw of the code [B, latent], and the KL of its posterior, a part for each dimension [B, latent].
+
+        Under a flow the KL is one number [B, 1], of this draw but for the normal's entropy: Rezende & Mohamed, eq. 15.
+        """
+        mean, log_std, layers = self.posterior(x)
+        z, log_det = self._bent(_noise(mean, generator), mean, log_std, layers)
+        if not layers:
+            return z, kl_by_dimension(mean, log_std)
+        return z, (0.5 * (z.square() - 1) - log_std).sum(1, keepdim=True) - log_det.unsqueeze(1)
+
+    def _bent(self, noise: Tensor, mean: Tensor, log_std: Tensor, layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """A code [B, latent] of standard normal noise, and the log-determinant [B] of the flow alone.
+
+        The layers come before mean and deviation, not after them as in the paper: planes and centres that start at the
+        scale of the noise are where the posterior is, however narrow.
+        """
+        log_det = noise.new_zeros(len(noise))
+        for layer in layers:
+            noise, change = FLOWS[self.bend].forward(noise, layer)
+            log_det = log_det + change
+        return mean + log_std.exp() * noise, log_det
 
     def decode(self, code: Tensor) -> Tensor:
         """The expected image of p(x|z): [B, C, H, W]."""
@@ -206,9 +261,8 @@ def kl_by_dimension(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean**2 + torch.expm1(2 * log_std) - 2 * log_std)
 
 
-def _draw(mean: Tensor, log_std: Tensor, generator: Generator) -> Tensor:
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + log_std.exp() * noise
+def _noise(like: Tensor, generator: Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
