@@ -94,9 +94,6 @@ def peer_spline(transforms: Any) -> nn.Module:
 def copy_weights(ours: Spline, theirs: nn.Module) -> None:
     """Random weights in both, the same. Ours has W = P L U, theirs L U P: they agree where P is the identity."""
     torch.manual_seed(1)
-    for mixing in (layer for scale in ours.scales for layer in scale.children() if isinstance(layer, Mixing)):
-        for parameter in (mixing.lower, mixing.upper, mixing.log_diagonal):
-            parameter.zero_()
     for parameter in [p for name, p in ours.named_parameters() if not name.startswith("priors")]:
         parameter.add_(0.05 * torch.randn_like(parameter))
     steps = [layer for scale in ours.scales for layer in scale.children()]
@@ -104,7 +101,6 @@ def copy_weights(ours: Spline, theirs: nn.Module) -> None:
     for mixing, norm, convolution in zip(steps[::2], kinds[PARTS[0]], kinds[PARTS[1]], strict=True):
         assert isinstance(mixing, Mixing)
         mixing.permutation.copy_(mixing.eye)
-        mixing.sign.fill_(1)
         norm.log_scale.copy_(mixing.log_scale)
         norm.shift.copy_(mixing.bias * mixing.log_scale.exp())
         norm.initialized.fill_(True)

@@ -93,10 +93,11 @@ def _so_far(stage: str, seconds: float) -> str:
     parts = [f"{said['unit']} {said['step']:,}/{said['total']:,}"]
     if "loss" in said:
         parts.append(f"loss {said['loss']:.4g}")
-    if "images_per_s" in said:
-        parts.append(f"{said['images_per_s']:,.0f} images/s")
+    for speed in ("images_per_s", "tokens_per_s"):
+        if speed in said:
+            parts.append(f"{said[speed]:,.0f} {speed.replace('_per_', '/').replace('_', ' ')}")
     if "seconds_left" in said:
         parts.append(f"{max(0.0, said['seconds_left'] - (time.time() - said['time'])):.0f} s left")
-    shown = {"step", "total", "unit", "time", "loss", "images_per_s", "seconds_left"}
+    shown = {"step", "total", "unit", "time", "loss", "images_per_s", "tokens_per_s", "windows_per_s", "seconds_left"}
     parts += [f"{name} {value:.4g}" for name, value in said.items() if name not in shown]
     return "  ".join(parts)

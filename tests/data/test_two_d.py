@@ -10,7 +10,9 @@ from scipy import integrate, stats
 
 from genus.config import Dataset
 from genus.data.ingestion import ingest
+from genus.data.loaders import open_dataset
 from genus.data.sources import open_source, two_d
+from genus.data.spec import DataSpec
 from genus.errors import UserError
 
 
@@ -80,11 +82,33 @@ def test_draws_follow_their_seed(shape: str) -> None:
 def test_ingests_like_any_source(tmp_path: Path) -> None:
     config = Dataset(source="two_d", options={"shape": "rings", "count": 2000, "levels": 64})
     description = ingest("rings", config, seed=0, root=tmp_path)
-    assert description["spec"] == {"shape": (2, 1, 1), "levels": 64, "classes": ()}
+    assert description["spec"] == DataSpec((2, 1, 1), levels=64).to_json()
     assert description["counts"] == {"train": 1620, "validation": 180, "test": 200}
     train = np.load(tmp_path / "processed" / "rings" / "train.npy")
     assert train.shape == (1620, 2, 1, 1) and train.max() < 64
     assert ingest("rings", config, seed=0, root=tmp_path / "again")["sha256"] == description["sha256"]
+
+
+def test_an_ingested_data_set_knows_its_density(tmp_path: Path, shape: str) -> None:
+    """By its description alone; the true log-probabilities of its examples have the density's entropy as their mean."""
+    ingest(
+        shape, Dataset(source="two_d", options={"shape": shape, "count": 20_000, "levels": 48}), seed=0, root=tmp_path
+    )
+    data = open_dataset(shape, tmp_path / "processed")
+    found = two_d.shape_of(data.description)
+    assert found == shape
+    nats = two_d.log_prob(found, np.asarray(data.split("train")), 48)
+    table = two_d.truth(shape, 48)
+    entropy = -(table[table > 0] * np.log(table[table > 0])).sum()
+    assert nats.shape == (16_200,) and nats.dtype == np.float64 and np.isfinite(nats).all()
+    assert abs(-nats.mean() - entropy) < 5 * nats.std() / np.sqrt(len(nats)) + 1e-12
+    assert two_d.log_prob(shape, np.full((1, 2, 1, 1), 47, np.uint8), 48)[0] < nats.mean()
+
+
+def test_other_data_sets_know_none() -> None:
+    assert two_d.shape_of({"source": "scikit-learn"}) is None
+    assert two_d.shape_of({"source": "rings"}) is None
+    assert two_d.shape_of({"source": two_d.SAID + "ring"}) is None
 
 
 def test_wrong_names_and_options_say_what_would_be_right() -> None:
@@ -96,3 +120,6 @@ def test_wrong_names_and_options_say_what_would_be_right() -> None:
         open_source("two_d", {"shape": "rings", "levels": 300})
     with pytest.raises(ValueError, match="levels must be at most 256"):
         two_d.draw("rings", 1, 300, 0)
+    for stored in (np.zeros((3, 2), np.uint8), np.full((3, 2, 1, 1), 16, np.uint8)):
+        with pytest.raises(ValueError, match=r"right would be \(2, 1, 1\) and levels below 16"):
+            two_d.log_prob("rings", stored, 16)

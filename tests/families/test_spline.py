@@ -150,7 +150,7 @@ def layers() -> dict[str, Layer]:
     torch.manual_seed(0)
     nets = [Convolutions(3, 8, outputs, (3, 2), whole=True) for outputs in (3 * 11, 3 * 13)]
     return {
-        "mixing": Mixing(6),
+        "mixing": Mixing(torch.randperm(6)),
         "splines": Bend(nets[0], 4, TAIL),
         "affine splines": Bend(nets[1], 4, TAIL, 2.0),
         "flipped": Bend(Convolutions(3, 8, 3 * 13, (3, 2), whole=False), 4, TAIL, 2.0, flip=True),

@@ -21,6 +21,7 @@ from genus.config import Train
 from genus.contract import Batch, Denoises, Family, Samples, Scores, Weighs, build, parameter_count
 from genus.data.sources import two_d
 from genus.data.spec import DataSpec
+from genus.evaluation.metrics import mean_interval
 from genus.evaluation.ode import log_prob as ode_log_prob
 from genus.sampling import draw
 from genus.training import train
@@ -138,6 +139,33 @@ def measure(model: Family, truth: np.ndarray, *, seed: int, device: torch.device
     table = np.mean([np.exp(each.double().cpu().numpy()) for each in weighed], 0).reshape(levels, levels)
     figures |= {"kind": kind, "mass": float(table.sum()), "kl": divergence(truth, tables) | {"kind": kind}}
     return figures | {"variation": variation(truth, table)}, table
+
+
+@torch.inference_mode()
+def excess(task: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What the model's log-probability of test examples lacks of the true one, where the data's density is known.
+
+    A row of the evaluator's metrics: {"excess_nats": {"value", "low", "high", "n", "kind", "floor"}}, the mean with its
+    95% interval over examples, an unbiased estimate of KL(truth || model), or of more by the gap of a bound; none for
+    other data. Raises FloatingPointError, naming the example, where a log-probability is not finite.
+    """
+    data = task.data
+    shape = two_d.shape_of(data.description)
+    if shape is None:
+        return {}, {}
+    stored = np.array(data.split("test")[: task.count("likelihoods")])
+    generator, parts = task.generator(19), []
+    for batch in torch.from_numpy(stored).split(task.effort.batch_size):
+        nats = task.model.log_prob(Batch(data.spec.to_float(batch.to(task.device))), generator=generator)
+        parts.append(nats.double().cpu().numpy())
+    lacks = two_d.log_prob(shape, stored, data.spec.levels) - np.concatenate(parts)
+    if not np.isfinite(lacks).all():
+        raise FloatingPointError(
+            f"log_prob of test example {int(np.flatnonzero(~np.isfinite(lacks))[0])} is not finite"
+        )
+    value, low, high = mean_interval(lacks)
+    figure = {"value": value, "low": low, "high": high, "n": len(lacks), "kind": task.model.density, "floor": 0.0}
+    return {"excess_nats": figure}, {}
 
 
 def cells(levels: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +21,7 @@ from genus.data.sources import About, Example
 from genus.data.spec import DataSpec
 from genus.errors import UserError, nearest
 
+SAID = "draws from a known density on a square: "  # of an ingested data set, before the shape's name
 SIDE = 4.0  # the square is [-SIDE, SIDE]²
 SHAPES = ("checkerboard", "eight_gaussians", "pinwheel", "rings", "spiral", "two_moons")
 
@@ -41,7 +42,7 @@ class TwoD(Section):
         return About(
             spec=DataSpec((2, 1, 1), levels=self.levels),
             licence="CC0 1.0",
-            source=f"draws from a known density on a square: {self.shape}",
+            source=SAID + self.shape,
             count=self.count,
             test=self.test,
         )
@@ -73,6 +74,24 @@ def density(shape: str, points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, np.float64)
     inside = (np.abs(points) <= SIDE).all(1)
     return np.where(inside, _plane(shape, points) / _inside(shape), 0.0)
+
+
+def log_prob(shape: str, stored: np.ndarray, levels: int) -> np.ndarray:
+    """The true log-probabilities of stored examples [N, 2, 1, 1], in nats: float64 [N], -inf where none can be.
+
+    What a model's ``log_prob`` is to be compared with. Raises as ``truth`` does, and ValueError for examples of another
+    shape or with levels that there are not.
+    """
+    if stored.shape[1:] != (2, 1, 1) or (len(stored) and stored.max() >= levels):
+        raise ValueError(f"examples of shape {stored.shape[1:]}: right would be (2, 1, 1) and levels below {levels}")
+    with np.errstate(divide="ignore"):
+        return np.log(truth(shape, levels))[tuple(stored[:, :, 0, 0].astype(np.int64).T)]
+
+
+def shape_of(description: dict[str, Any]) -> str | None:
+    """The shape from which an ingested data set was drawn, by what its dataset.json says; None where from none."""
+    shape = str(description["source"]).removeprefix(SAID)
+    return shape if shape in SHAPES and description["source"] == SAID + shape else None
 
 
 def draw(shape: str, n: int, levels: int, seed: int) -> np.ndarray:

@@ -194,20 +194,19 @@ class Coupling(Layer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        kept, changed = self._halves(x)
+        kept, changed = self.halves(x)
         changed, log_slope = self.bend(changed, self.network(kept))
         return self._whole(kept, changed), flat(log_slope)
 
     def inverse(self, y: Tensor) -> Tensor:
-        kept, changed = self._halves(y)
+        kept, changed = self.halves(y)
         return self._whole(kept, self.bend(changed, self.network(kept), inverse=True)[0])
 
     def initialise(self, x: Tensor) -> Tensor:
-        if isinstance(self.network, Convolutions):
-            self.network.initialise(self._halves(x)[0])
         return x  # an untrained coupling is the identity
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What stays and what is bent."""
         first, second = x.chunk(2, -1)
         return (second, first) if self.flip else (first, second)
 

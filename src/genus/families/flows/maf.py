@@ -6,8 +6,8 @@ conditionals are mixtures of Gaussians (section 4: MAF MoG). The density takes o
 number by number: the reverse of genus.families.flows.iaf.
 
 Differences from the paper: the scales are bounded, exp(b tanh(s / b)), and only the input is normalised, not every
-layer, which with bounded scales trains as well and needs no running statistics. The mixtures' distribution functions
-make the last step a layer like the others, onto a standard normal: so there is a code, and samples are drawn from it.
+layer, which would need running statistics. The mixtures' distribution functions make the last step a layer like the
+others, onto a standard normal: so there is a code, and samples are drawn from it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ invertible 1x1 convolution and coupling, a step; scales lose half of their chann
 
 Differences from the paper:
 - a coupling shifts and scales before it bends: a spline of few bins need not do that too, nor leave its interval;
+- the 1x1 convolutions start as permutations, not as rotations;
 - slopes are bounded by more than the paper's 1e-3, so that inverses in single precision keep their digits;
 - the networks are small: three layers and no residual blocks, for a minute or two of one CPU thread;
 - what leaves a scale has a mean and scale that depend on what stays, as Glow's;
@@ -65,7 +66,7 @@ class Spline(CouplingFlow):
                 raise ValueError(f"{name} must be at least 2 and leave room for shares of {share:g}, not {count}")
         super().__init__(spec, len(steps), onto_reals=onto_reals, alpha=alpha)
         if spec.flat:
-            layers: list[Layer] = [Mixing(spec.dims, rotated=False)]  # rotated, the edges of a checkerboard are lost
+            layers: list[Layer] = [Mixing(torch.arange(spec.dims))]
             for turn in range(turns):
                 flip = turn % 2 > 0
                 changed = (spec.dims + flip) // 2  # as chunk() halves an odd number
@@ -81,7 +82,10 @@ class Spline(CouplingFlow):
             for _ in range(count):
                 outputs = (3 * bins - 1 + 2 * affine) * changed
                 conv = Convolutions(channels - changed, wide, outputs, (height, width), whole=last)
-                layers += [Mixing(channels), Bend(conv, bins, tail, bound if affine else None, least=least)]
+                layers += [
+                    Mixing(torch.randperm(channels)),
+                    Bend(conv, bins, tail, bound if affine else None, least=least),
+                ]
             self.scales.append(nn.ModuleList(layers))
             self.priors.append(Base(channels, height, width) if last else Conditional(channels - changed, changed))
         self.to(memory_format=torch.channels_last)
@@ -170,30 +174,28 @@ def rational_quadratic(
 class Mixing(Layer):
     """Actnorm and the LU-parameterised 1x1 convolution of Glow (section 4.1 here) as one matrix product.
 
-    y = W s (x + b), W = P L (U + diag(sign exp(log_diagonal))), started at a random rotation, or not ``rotated``.
+    y = W s (x + b), W = P L (U + diag(exp(log_diagonal))), where P is the given order and the rest starts as identity.
+    A random rotation, as Glow's, hides what splines could use, such as pixels that are exactly 0 or a checkerboard's
+    edges: after 60 steps on Fashion-MNIST it is 0.4 bits/dim behind.
     """
 
     permutation: Tensor
-    sign: Tensor
     eye: Tensor
 
-    def __init__(self, channels: int, *, rotated: bool = True):
+    def __init__(self, order: Tensor):
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels))[0] if rotated else torch.eye(channels)
-        permutation, lower, upper = torch.linalg.lu(rotation)
-        diagonal = upper.diagonal()
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("sign", diagonal.sign())
+        channels = len(order)
+        self.register_buffer("permutation", torch.eye(channels)[order])
         self.register_buffer("eye", torch.eye(channels), persistent=False)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.lower = nn.Parameter(lower.tril(-1))
-        self.upper = nn.Parameter(upper.triu(1))
-        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+        self.lower = nn.Parameter(torch.zeros(channels, channels))
+        self.upper = nn.Parameter(torch.zeros(channels, channels))
+        self.log_diagonal = nn.Parameter(torch.zeros(channels))
 
     def matrix(self) -> Tensor:
         """[C, C]: W diag(s)."""
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        upper = self.upper.triu(1) + torch.diag(self.log_diagonal.exp())
         return self.permutation @ (self.lower.tril(-1) + self.eye) @ upper * self.log_scale.exp()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
