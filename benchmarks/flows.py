@@ -230,7 +230,7 @@ def main() -> int:
     race("nflows' spline flow", ours, theirs, density_of(theirs), images)
     glow = started(Glow(spec, steps=STEPS, hidden=HIDDEN))
     peer = peer_glow(normflows)
-    race("normflows' Glow", glow, peer, peer.log_prob, images)
+    race("normflows' Glow", glow, peer, lambda y: peer.log_prob(y, None), images)
     return 0
 
 

@@ -115,19 +115,21 @@ def results(models: Collection[str], versions: dict[str, str]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
     for heading in ("model", "family", "paper"):
         table.add_column(heading, no_wrap=heading == "model", overflow="fold")
-    for heading in ("bits/dim", "Fréchet", "share", "floor", "n", "train s", "ms/image"):
+    for heading in ("bits", "Fréchet", "share", "floor", "n", "train s", "ms/image"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("registry", no_wrap=True)
     for model in models:
         about = _read(f"models/{model}/model.json")
         metrics = _read(f"reports/metrics/{model}.json")
         timing = _read(f"reports/timing/train/{model}.json") | _read(f"reports/timing/{model}.json")
-        bits, distance = metrics.get("bits_per_dim") or {}, metrics.get("frechet_distance") or {}
+        bits = metrics.get("bits_per_dim") or metrics.get("bits_per_char") or {}
+        unit = "/char" if "bits_per_char" in metrics else "/dim" if bits else ""
+        distance = metrics.get("frechet_distance") or {}
         table.add_row(
             model,
             about.get("family", "-"),
             _short(about.get("paper", "-")),
-            " ".join(filter(None, (_number(bits.get("value"), ".3f"), bits.get("kind")))),
+            " ".join(filter(None, (_number(bits.get("value"), ".3f") + unit, bits.get("kind")))),
             _number(distance.get("value"), ".1f"),
             _number(distance.get("relative"), ".3f"),  # of the Gaussian control's distance
             _number(distance.get("floor"), ".2f"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import itertools
 import os
 import re
 import signal
@@ -87,12 +88,13 @@ def models_() -> None:
     from genus.data.spec import DataSpec
 
     console = Console(highlight=False)
+    specs = {"image": DataSpec((1, 32, 32)), "vector": DataSpec((2, 1, 1)), "text": DataSpec((64,), 0, (), "abc")}
     families = Table(title="families", title_justify="left", box=None, header_style="bold", pad_edge=False)
     for heading in ("family", "paper", "can"):
         families.add_column(heading, overflow="fold")
     for name in contract.family_names():
         # Asked of a model, not of its class: the size of a code, say, is only known once it is built.
-        built = contract.build(name, DataSpec((1, 32, 32)), {})
+        built = contract.build(name, specs[contract.family_class(name).kinds[0]], {})
         can = [label for label, needs in contract.CAPABILITIES.items() if isinstance(built, needs)]
         density = getattr(built, "density", "")
         families.add_row(name, built.paper, ", ".join(can) + (f" (density: {density})" if density else ""))
@@ -120,7 +122,7 @@ def validate(name: Name) -> None:
 
 @app.command()
 def judge(name: Name) -> None:
-    """Stage: train the classifier whose features measure samples of data set NAME."""
+    """Stage: train the classifier, or for text fit the n-gram model, that measures samples of data set NAME."""
     _stage("judge", name)
 
 
@@ -238,32 +240,59 @@ def pull(
 @app.command()
 def sample(
     name: Reference,
-    out: Annotated[Path, typer.Option(help="A grid as .png, or the stored values as .npy.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images: a grid as .png, or the stored values as .npy. Text: .txt or .json, else it is printed.",
+            show_default=False,
+        ),
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="How many. [default: 64 images, 5 texts]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first; the next has the next.")] = 0,
     label: Annotated[int | None, typer.Option(help="What to draw, of a model with labels.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a model of text begins with.", show_default=False)] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the sampler, as temperature.")
     ] = None,
 ) -> None:
     """Draw from a registered model. A seed gives the same sample, however many are asked for.
 
-    Example: `genus sample fashion-mnist-glow -n 64 --seed 0 --out grid.png --set temperature=0.8`.
+    Examples: `genus sample fashion-mnist-glow -n 64 --seed 0 --out grid.png --set temperature=0.8`,
+    `genus sample kjv-lstm -n 3 --prompt "In the beginning"`.
     """
-    if out.suffix not in (".png", ".npy"):
-        raise UserError(f"--out {out}: ends in neither .png nor .npy")
-    knobs = dict(_setting(text) for text in set_ or [])
-
-    import numpy as np
+    if out is not None and out.suffix not in (".png", ".npy", ".txt", ".json"):
+        raise UserError(f"--out {out}: ends in neither .png nor .npy, nor in .txt or .json for text")
+    knobs = dict(_setting(text) for text in set_ or []) | ({} if prompt is None else {"prompt": prompt})
 
     import genus
-    from genus.files import replacing
 
     with _one_line():
         model = genus.load(name)
-        if out.suffix == ".png" and (not model.spec.levels or model.spec.shape[0] == 2):
+        writes = getattr(model, "text", False)  # packages of an older Genus do not say
+        if writes:
+            if out is not None and out.suffix not in (".txt", ".json"):
+                raise UserError(f"--out {out}: {model.name} writes text: .txt or .json")
+        elif out is None or out.suffix not in (".png", ".npy"):
+            given = "is missing" if out is None else f"{out}"
+            raise UserError(f"--out {given}: {model.name} draws no text: write .png or .npy")
+        elif out.suffix == ".png" and (not model.spec.levels or model.spec.shape[0] == 2):
             raise UserError(f"--out {out}: {model.name} draws no pictures: write .npy")
-        samples = model.sample(range(seed, seed + n), None if label is None else [label] * n, **knobs)
+        seeds = range(seed, seed + (n or (5 if writes else 64)))
+        samples = model.sample(seeds, None if label is None else [label] * len(seeds), **knobs)
+    if writes:
+        _write_texts(out, samples.tolist())
+    else:
+        assert out is not None
+        _write_images(out, samples, model.spec.levels)
+    if out is not None:
+        print(out)
+
+
+def _write_images(out: Path, samples: Any, levels: int) -> None:
+    import numpy as np
+
+    from genus.files import replacing
+
     with replacing(out) as temporary:
         if out.suffix == ".npy":
             np.save(temporary, samples)
@@ -272,24 +301,45 @@ def sample(
 
             from genus.pictures import grid
 
-            Image.fromarray(grid(samples, levels=model.spec.levels)).save(temporary)
-    print(out)
+            Image.fromarray(grid(samples, levels=levels)).save(temporary)
+
+
+def _write_texts(out: Path | None, texts: list[str]) -> None:
+    """Documents with an empty line between them, or as a list in JSON; printed where no file is named."""
+    from genus.files import write_json, write_text
+
+    if out is not None and out.suffix == ".json":
+        write_json(out, texts)
+        return
+    text = "\n\n".join(texts) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
 
 
 @app.command()
 def score(
     name: Reference,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", show_default=False, help="An .npy file, or DATASET:SPLIT of this project.")
+        str,
+        typer.Argument(
+            metavar="DATA",
+            show_default=False,
+            help="DATASET:SPLIT of this project; or an .npy file, for text a .txt, .jsonl or .parquet file.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A .parquet file, one row an example.", show_default=False)],
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, where the likelihood is an estimate.")] = 0,
 ) -> None:
     """Write how probable a registered model finds each example: index, nats, bits_per_dim, and their kind.
 
-    DATA holds stored values [N, channels, height, width], uint8 for images.
+    An .npy file holds stored values [N, channels, height, width], uint8 for images. A model of text scores documents,
+    in bits_per_char: the lines of a .txt file, the strings (or the `text` of the objects) of a .jsonl file, or the
+    column `text` of a .parquet file.
 
-    Example: `genus score fashion-mnist-glow fashion-mnist:test --out glow.parquet`.
+    Examples: `genus score fashion-mnist-glow fashion-mnist:test --out glow.parquet`,
+    `genus score kjv-lstm verses.txt --out verses.parquet`.
     """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: does not end in .parquet")
@@ -301,15 +351,25 @@ def score(
 
     with _one_line(data):
         model = genus.load(name)
+        reads = getattr(model, "text", False)
+        if reads != isinstance(examples, list):
+            other = "documents" if reads else "stored values, not text"
+            raise ValueError(f"{model.name} scores {other}")
         nats = model.log_prob(examples, seed, lambda done, total: progress.report(done, total, unit="example"))
 
     import pandas as pd
 
-    bits = model.bits_per_dim(nats)
+    columns: dict[str, Any] = {"index": range(len(nats)), "nats": nats}
+    if reads:
+        unit, bits = "bits/char", model.bits_per_char(nats, examples)
+        columns |= {"characters": [len(text) + 1 for text in examples], "bits_per_char": bits}
+        mean = float((bits * columns["characters"]).sum() / sum(columns["characters"]))
+    else:
+        unit, bits = "bits/dim", model.bits_per_dim(nats)
+        columns["bits_per_dim"], mean = bits, bits.mean()
     with replacing(out) as temporary:
-        columns = {"index": range(len(nats)), "nats": nats, "bits_per_dim": bits, "kind": model.kind}
-        pd.DataFrame(columns).to_parquet(temporary, index=False)
-    print(f"{out}: {len(nats):,} examples, on average {bits.mean():.4f} bits/dim ({model.kind})")
+        pd.DataFrame(columns | {"kind": model.kind}).to_parquet(temporary, index=False)
+    print(f"{out}: {len(nats):,} examples, on average {mean:.4f} {unit} ({model.kind})")
 
 
 @app.command()
@@ -457,7 +517,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _examples(data: str) -> Any:
-    """The array that DATA of `genus score` means, memory-mapped."""
+    """What DATA of `genus score` means: an array, memory-mapped, or a list of documents."""
     import numpy as np
 
     if data.endswith(".npy"):
@@ -467,12 +527,53 @@ def _examples(data: str) -> Any:
             raise UserError(f"{data}: {error.strerror or error}") from error
         except ValueError as error:
             raise UserError(f"{data}: no .npy file: {error}") from error
+    if data.endswith((".txt", ".jsonl", ".parquet")):
+        return _documents(data)
     from genus.data.loaders import SPLITS, open_dataset
 
     dataset, _, split = data.partition(":")
     if split not in SPLITS:
-        raise UserError(f"{data}: neither a .npy file nor DATASET:SPLIT; the splits are {', '.join(SPLITS)}")
-    return open_dataset(dataset).split(split)
+        right = "neither a .npy file nor DATASET:SPLIT, nor documents in a .txt, .jsonl or .parquet file"
+        raise UserError(f"{data}: {right}; the splits are {', '.join(SPLITS)}")
+    found = open_dataset(dataset)
+    if found.spec.kind == "text":
+        tokens, offsets = np.asarray(found.split(split)), np.asarray(found.offsets(split))
+        return [found.spec.text(tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
+    return found.split(split)
+
+
+def _documents(path: str) -> list[str]:
+    """The documents of a file: lines of .txt, strings or `text` of .jsonl, the column `text` of .parquet."""
+    import json
+
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import ArrowException, parquet
+
+            try:
+                return parquet.read_table(path, columns=["text"])["text"].to_pylist()
+            except (ArrowException, KeyError) as error:
+                raise UserError(
+                    f"{path}: no Parquet file with a column 'text': {' '.join(str(error).split())}"
+                ) from error
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if path.endswith(".txt"):
+        found = lines
+    else:
+        try:
+            values = [json.loads(line) for line in lines]
+            found = [value["text"] if isinstance(value, dict) else value for value in values]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(
+                f"{path}: right would be a JSON string, or an object with 'text', a line: {error}"
+            ) from error
+    if not found:
+        raise UserError(f"{path}: no documents in it")
+    return found
 
 
 @contextlib.contextmanager

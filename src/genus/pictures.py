@@ -15,8 +15,10 @@ COLUMNS, LONGEST = 96, 8  # letters a line, lines a document
 def grid(images: np.ndarray, *, levels: int = 256, columns: int | None = None) -> np.ndarray:
     """Stored images [N, C, H, W] as one picture, uint8 [H', W'] or [H', W', 3], enlarged to be seen.
 
-    Whole multiples only, so that every pixel stays a square.
+    Whole multiples only, so that every pixel stays a square. Pairs of numbers [N, 2, 1, 1] are points of a plane.
     """
+    if images.shape[1:] == (2, 1, 1):
+        return plane(images, levels=levels)
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -28,6 +30,14 @@ def grid(images: np.ndarray, *, levels: int = 256, columns: int | None = None) -
     zoom = max(1, 56 // height)
     picture = picture.repeat(zoom, 0).repeat(zoom, 1)
     return picture[..., 0] if channels == 1 else picture[..., :3]
+
+
+def plane(points: np.ndarray, *, levels: int = 256) -> np.ndarray:
+    """Stored pairs [N, 2, 1, 1] as how many lie in each cell, uint8 [H, W]: x to the right, y upwards."""
+    x, y = points[:, :, 0, 0].astype(np.int64).T
+    count = np.bincount(levels * x + y, minlength=levels**2).reshape(levels, levels).T[::-1]
+    zoom = max(1, 256 // levels)
+    return (count * 255 // max(1, count.max())).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1)
 
 
 def page(documents: Sequence[str]) -> np.ndarray:

@@ -24,7 +24,8 @@ def draw(
     knobs: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> np.ndarray:
-    """``n`` samples as stored values [n, *shape] (uint8 for images). Same seed and batch size, same bytes.
+    """``n`` samples as stored values [n, *shape] (uint8 for images, uint16 tokens for text, zeros after a document's
+    end and no wider than the longest). Same seed and batch size, same bytes.
 
     ``knobs`` are keyword arguments of the family's ``sample``; ``quiet`` reports no progress.
     Raises FloatingPointError, naming the sample, where one is not finite: as levels it would look like any other.
@@ -39,7 +40,10 @@ def draw(
         if not x.isfinite().all():
             bad = start + int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
             raise FloatingPointError(f"sample {bad} of {n} is not finite")
-        parts.append(model.spec.to_stored(x.float()).cpu().numpy())
+        parts.append(model.spec.to_stored(x.float()).cpu().numpy())  # float holds every token
         if not quiet:
             progress.report(min(start + batch_size, n), n, unit="sample")
+    if model.spec.kind == "text":
+        widest = max(part.shape[1] for part in parts)
+        parts = [np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts]
     return np.concatenate(parts)

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from genus.config import load
-from genus.contract import Batch, Family, build, family_names
+from genus.contract import Batch, Family, build, family_class, family_names
 from genus.data.spec import DataSpec
 from genus.evaluation import constraints
 from genus.evaluation.constraints import (
@@ -22,6 +22,7 @@ from genus.evaluation.constraints import (
     noise_dims,
     used_by_sampling,
 )
+from tests.registry.workspace import SPECS
 
 BITS = DataSpec((1, 4, 4), levels=2)
 REAL = DataSpec((2, 1, 1), levels=0)
@@ -250,15 +251,15 @@ def test_parameters_that_sampling_uses() -> None:
 
 
 def params(family: str) -> dict[str, Any]:
-    """The family's parameters on the digits."""
+    """The family's parameters as the smoke models have them."""
     models = load("params.yaml").models.values()
-    return next((m.params for m in models if m.dataset == "digits" and m.family == family), {})
+    return next((m.params for m in models if m.collection == "smoke" and m.family == family), {})
 
 
 @pytest.mark.parametrize("family", family_names())
 def test_the_share_of_a_real_model_is_counted_by_name(family: str) -> None:
     """The small model's names are the real one's; what is trained is used, or belongs to a critic or an encoder."""
-    spec = DataSpec((1, 8, 8), 17)
+    spec = SPECS[family_class(family).kinds[0]]
     found = constraints.trained_share(family, params(family), spec, seed=0)
     model = build(family, spec, params(family))
     assert found is not None and found["n"] == len(list(model.parameters()))

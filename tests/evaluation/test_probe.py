@@ -303,7 +303,7 @@ def test_shrinking_averages() -> None:
 
 
 def test_the_benchs_distance_is_the_kernel_distance(digits: Digits) -> None:
-    bench = probe.Bench(digits.data, digits.reference.judge, 8, seed=0, train_images=200)
+    bench = probe.Images(digits.data, digits.reference.judge, 8, seed=0, train_images=200)
     other = probe.features(digits.reference.judge, bench.train)
     assert bench.distance(other) == pytest.approx(metrics.mmd2(other, bench.seen), rel=1e-9)
     assert abs(bench.distance(other) / bench.control) < 0.2, "real images are near to real ones"
@@ -356,7 +356,7 @@ def test_a_whole_probe_twice(digits: Digits) -> None:
     assert len(outcomes) == len(found["jobs"]) == found["setting"]["jobs"] == 18
     base = outcomes[Job(seed=0)]
     assert base.quality is not None and base.untrained is not None and base.quality < base.untrained
-    assert base.bits_per_dim is not None and base.pull is not None and base.flops > 0
+    assert base.bits is not None and base.pull is not None and base.flops > 0
 
     diverging = outcomes[Job(learning_rate=1e9)]
     assert diverging.failed and diverging.quality is None, "a failure is an outcome"

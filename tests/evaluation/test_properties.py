@@ -68,9 +68,28 @@ def record(**figures: Any) -> dict[str, Any]:
     return made
 
 
-def need(records: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [entry for entry in advice(table(records)) if entry["need"] == name]
+def need(records: dict[str, Any], name: str, kind: str = "image") -> dict[str, Any]:
+    rows = [row for row in table(records) if kind in row["kinds"]]
+    (found,) = [entry for entry in advice(rows, kind) if entry["need"] == name]
     return found
+
+
+def test_text_has_its_own_density_and_nothing_of_images() -> None:
+    found = need({"a": record(metrics_bits_per_char=(1.9, 0.1))}, "best density", "text")
+    assert (found["key"], found["figure"]) == ("density.bits_per_char", "1.9 bits/char")
+    rows = {row["key"]: row["kinds"] for row in table({"a": record()})}
+    shared = [key for key, kinds in rows.items() if "text" in kinds and "image" in kinds]
+    assert "speed.memory" in shared and not {"density.bits_per_dim", "density.bits_per_char"} & set(shared)
+
+
+def test_the_n_gram_gap_is_a_distance_from_real_text() -> None:
+    figure = {"value": 2.0, "low": 1.9, "high": 2.1, "n": 9}
+    rows = {}
+    for name, floor in (("above", 1.5), ("below", 2.5), ("there", 1.95)):
+        found = table({"a": {"metrics": {"ngram_bits": figure | {"floor": floor}}}})
+        (rows[name],) = [row["cells"]["a"] for row in found if row["key"] == "capacity.ngram_gap"]
+    ends = {name: tuple(round(row[end], 9) for end in ("value", "low", "high")) for name, row in rows.items()}
+    assert ends == {"above": (0.5, 0.4, 0.6), "below": (0.5, 0.4, 0.6), "there": (0.05, 0.0, 0.15)}
 
 
 def test_winner_and_runner_up_with_their_figures() -> None:

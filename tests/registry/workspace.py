@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from genus import tracking
-from genus.contract import build
+from genus.contract import build, family_class
 from genus.data.spec import DataSpec
 
 SPEC = DataSpec((1, 8, 8), 17, tuple("0123456789"))
+SPECS = {"image": SPEC, "vector": DataSpec((2, 1, 1), 17), "text": DataSpec((40,), 0, (), "\n abcdefgh.")}
 FAMILY = "vae/vae"
 MODEL = "digits-vae"
 
@@ -54,18 +55,18 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def small_params(family: str) -> dict[str, Any]:
-    """A family's parameters as the digits models of params.yaml have them."""
+    """A family's parameters as the smoke models of params.yaml have them."""
     from genus.config import load
 
     models = load(Path(__file__).parents[2] / "params.yaml").models.values()
-    return next((model.params for model in models if model.dataset == "digits" and model.family == family), {})
+    return next((model.params for model in models if model.collection == "smoke" and model.family == family), {})
 
 
 def write_model(name: str = MODEL, family: str = FAMILY, seed: int = 0, data: str = "ab" * 32) -> Path:
     """models/<name>/ as the training leaves it, with weights drawn from ``seed``."""
-    params = small_params(family)
+    params, spec = small_params(family), SPECS[family_class(family).kinds[0]]
     torch.manual_seed(seed)
-    model = build(family, SPEC, params)
+    model = build(family, spec, params)
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
@@ -73,7 +74,7 @@ def write_model(name: str = MODEL, family: str = FAMILY, seed: int = 0, data: st
         "name": name,
         "family": family,
         "dataset": "digits",
-        "spec": SPEC.to_json(),
+        "spec": spec.to_json(),
         "params": params,
         "paper": model.paper,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -69,7 +69,7 @@ def test_a_model_that_diverged_has_its_place_and_the_rest_stands(project: Path, 
     assert found["models"][BAD]["failure"].startswith("train: step ")
     assert found["models"][ABSENT]["failure"].startswith("not measured; logs/evaluate@digits-absent.log")
     assert found["models"][GOOD]["metrics"]["bits_per_dim"]["kind"] == "elbo"
-    assert set(found["datasets"]["digits"]) == {"counts", "judge", "anchors", "controls"}
+    assert set(found["datasets"]["digits"]) == {"kind", "counts", "judge", "anchors", "controls"}
     page = Path("reports/scorecard-smoke.html").read_text()
     assert found["models"][BAD]["failure"] in page and "data:image/png;base64" in page
 

@@ -105,7 +105,7 @@ def judge(
 
 
 def _judged(claim: Claim, families: Mapping[str, str], cells: Cells, failed: Mapping[str, str]) -> dict[str, Any]:
-    members = [model for model, family in families.items() if _within(family, claim.families)]
+    members = [model for model, family in families.items() if within(family, claim.families)]
     described = {
         "id": claim.id,
         "claim": claim.claim,
@@ -118,7 +118,7 @@ def _judged(claim: Claim, families: Mapping[str, str], cells: Cells, failed: Map
     if claim.waits_for:
         return described | {"verdict": WAITING, "because": f"waits for {claim.waits_for}"}
     if not members:
-        lost = [model for model, family in failed.items() if _within(family, claim.families)]
+        lost = [model for model, family in failed.items() if within(family, claim.families)]
         missing = f"{' and '.join(lost)}, which failed" if lost else f"a model of {' or '.join(claim.families)}"
         return described | {"verdict": WAITING, "because": f"waits for {missing}"}
     found = [
@@ -139,10 +139,11 @@ def _rivals(condition: Condition, members: list[str], families: Mapping[str, str
     named = condition.less_than or condition.more_than
     if not isinstance(named, list):
         return [model for model in families if model not in members]
-    return [model for model, family in families.items() if _within(family, named) and model not in members]
+    return [model for model, family in families.items() if within(family, named) and model not in members]
 
 
-def _within(family: str, named: Iterable[str]) -> bool:
+def within(family: str, named: Iterable[str]) -> bool:
+    """Whether a family is one of those named, or in a folder that is."""
     return any(family == name or family.startswith(f"{name}/") for name in named)
 
 

@@ -1,7 +1,8 @@
 """What a family demands of its networks, found out by trying: no family is asked what it believes of itself.
 
 Most of it happens on small models, of images as small as the family takes them, whose pixels are random bits: no
-density can say more of them than that every image has one chance in 2^D.
+density can say more of them than that every image has one chance in 2^D. Models of text are given two symbols and the
+end of a document, each token with the same chance.
 """
 
 from __future__ import annotations
@@ -17,19 +18,33 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genus.contract import Batch, Decodes, Encodes, Family, Initialises, Samples, Scores, build
+from genus.contract import (
+    Batch,
+    Carries,
+    Decodes,
+    Encodes,
+    Family,
+    Initialises,
+    Samples,
+    Scores,
+    build,
+    family_class,
+)
 from genus.data.spec import DataSpec
 
 SIDES = (4, 8, 12, 16, 32, 64)  # of the small images, the first that the family takes
 STEPS, BATCH, RATE = 60, 64, 1e-2  # of the trainings with an arbitrary module inside
 FRESH = 2000  # images of random bits by which a density is tried
+WINDOWS, CONTEXT = 16, 24  # of text, in a batch, and tokens of each at most
+DOCUMENT = 24  # tokens, at most, of the documents of random tokens
 TOLERANCE = 0.05  # by which probabilities may seem to sum to more than 1, besides five standard errors
 EXACT = 1e-3  # largest error of what is called an inverse or a Jacobian
 
 
 class Arbitrary(nn.Module):
-    """Any module: relu(a x + b + c mean(x)) + d, the mean over places. Every place sees all others, what is negative is
-    lost for good, and there is no inverse.
+    """Any module: relu(a x + b + c mean(x)) + d, the mean over places; of a sequence [B, T, C] the next place's x, in
+    which one of so many would be lost. Every place sees others, what is negative is lost for good, and there is no
+    inverse.
 
     It stands in for ``was`` in all but that: what else is asked of it, ``was`` answers. ``inverse`` is the best there
     is, of what was not lost. ``log_det``: the dimensions of the log-determinant beside ``was``'s result, where there
@@ -44,8 +59,8 @@ class Arbitrary(nn.Module):
         self.log_det = log_det
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        mean = x.mean(tuple(range(min(2, x.ndim - 1), x.ndim)), keepdim=True)
-        y = torch.relu(self.scale * x + self.shift + self.across * mean) + self.offset
+        others = x.roll(-1, 1) if x.ndim == 3 else x.mean(tuple(range(min(2, x.ndim - 1), x.ndim)), keepdim=True)
+        y = torch.relu(self.scale * x + self.shift + self.across * others) + self.offset
         return y if self.log_det is None else (y, y.new_zeros(y.shape if self.log_det == y.ndim else len(y)))
 
     def inverse(self, y: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -187,7 +202,7 @@ def used_by_sampling(model: Any, *, seed: int, knobs: Mapping[str, Any] | None =
 def noise_dims(model: Any, *, seed: int, knobs: Mapping[str, Any]) -> int:
     """Random numbers drawn for one sample of a built model: what operations that are given a generator return."""
     with _Drawn() as drawn:
-        _sampled(model, seed, knobs)
+        sampled(model, seed, knobs)
     return drawn.count
 
 
@@ -204,7 +219,7 @@ def evaluations(model: Any, *, seed: int, knobs: Mapping[str, Any]) -> int:
     own = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_pre_hook(count) for module in own]
     try:
-        _sampled(model, seed, knobs)
+        sampled(model, seed, knobs)
     finally:
         for handle in handles:
             handle.remove()
@@ -225,7 +240,8 @@ class _Drawn(TorchDispatchMode):
         return result
 
 
-def _sampled(model: Any, seed: int, knobs: Mapping[str, Any]) -> Tensor:
+def sampled(model: Any, seed: int, knobs: Mapping[str, Any]) -> Tensor:
+    """One sample of a built model, on its device."""
     tensor = next(iter((*model.parameters(), *model.buffers(), torch.empty(0))))
     with torch.no_grad():
         return model.sample(1, generator=torch.Generator(tensor.device).manual_seed(seed), **knobs)
@@ -239,12 +255,20 @@ def _small(
     spec: DataSpec | None = None,
     names: set[str] | None = None,
 ) -> Family:
-    """The family on the smallest images that it takes: of random bits, or with the channels and levels of ``spec``.
+    """The family on the smallest images that it takes: of random bits, or with the channels and levels of ``spec``. A
+    family for text alone on short documents of two symbols, or with the alphabet of ``spec``; one for vectors alone on
+    two numbers.
 
     With ``names``, the smallest that has parameters of these names. Raises ValueError where there is none.
     """
     channels, depth = (spec.shape[0], spec.levels) if spec else (1, 2)
     refused = ""
+    kinds = family_class(family).kinds
+    if spec.alphabet if spec else kinds == ("text",):
+        alphabet = spec.alphabet if spec else "01"
+        return _built(family, params, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
+    if "image" not in kinds:
+        return _built(family, params, DataSpec((2, 1, 1), spec.levels if spec else 16), seed)
     for side in SIDES:
         try:
             model = _built(family, params, DataSpec((channels, side, side), depth), seed)
@@ -262,12 +286,27 @@ def _built(family: str, params: dict[str, Any], spec: DataSpec, seed: int, *, st
     model = build(family, spec, params)
     if start and isinstance(model, Initialises):
         with torch.no_grad():
-            model.initialise(_batch(spec, seed), generator=torch.Generator().manual_seed(seed))
+            model.initialise(_batch(model, seed), generator=torch.Generator().manual_seed(seed))
     return model
 
 
-def _batch(spec: DataSpec, seed: int, n: int = BATCH) -> Batch:
+def _batch(model: Family, seed: int) -> Batch:
+    """Something to learn from: examples, or windows of a text."""
+    if not model.spec.alphabet:
+        return _examples(model.spec, seed)
+    if isinstance(model, Carries):
+        model.restart()
+    context: int = model.context  # type: ignore[assignment]  # who takes text says how much at a time
+    shape, generator = (WINDOWS, min(context, CONTEXT) + 1), torch.Generator().manual_seed(seed)
+    return Batch(torch.randint(0, model.spec.vocabulary, shape, generator=generator))
+
+
+def _examples(spec: DataSpec, seed: int, n: int = BATCH) -> Batch:
+    """Images of random bits, vectors of random numbers, or documents of random tokens."""
     generator = torch.Generator().manual_seed(seed)
+    if spec.alphabet:
+        x = torch.randint(0, spec.vocabulary, (n, DOCUMENT), generator=generator)
+        return Batch(torch.where((x == 0).cumsum(1) > 0, 0, x))
     if not spec.levels:
         return Batch(torch.randn((n, *spec.shape), generator=generator))
     stored = torch.randint(0, spec.levels, (n, *spec.shape), generator=generator, dtype=torch.uint8)
@@ -286,11 +325,13 @@ def _places(model: Family, seed: int) -> list[tuple[str, int | None]]:
         result, beside = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
         if not (inputs and isinstance(inputs[0], Tensor) and isinstance(result, Tensor)):
             return
+        if not (beside is None or isinstance(beside, Tensor)):  # a memory, say: what stands here is asked for more
+            return
         if result.ndim > 1 and inputs[0].shape == result.shape:
             found.setdefault(type(module), (names[module], None if beside is None else beside.ndim))
 
     handles = [module.register_forward_hook(hook) for module in names]
-    for _ in model.updates(_batch(model.spec, seed), generator=torch.Generator().manual_seed(seed)):
+    for _ in model.updates(_batch(model, seed), generator=torch.Generator().manual_seed(seed)):
         pass
     for handle in handles:
         handle.remove()
@@ -307,7 +348,7 @@ def _inverts(model: Any, seed: int) -> bool:
 def _inverse_error(model: Any, seed: int) -> float:
     """In the units of DataSpec, where neighbouring levels of random bits are 2 apart. NaN counts as infinite."""
     was = model.training
-    x = _batch(model.spec, seed + STEPS, 500).x
+    x = _examples(model.spec, seed + STEPS, 500).x
     with torch.no_grad():
         error = (model.eval().decode(model.encode(x)) - x).abs().max().item()
     model.train(was)
@@ -321,7 +362,7 @@ def _broken(model: Any, seed: int, *, inverts: bool) -> str:
     optimisers = {name: torch.optim.Adam(parameters, RATE) for name, parameters in model.groups().items()}
     model.train()
     for step in range(STEPS):
-        for group, terms in model.updates(_batch(model.spec, seed + step), generator=generator):
+        for group, terms in model.updates(_batch(model, seed + step), generator=generator):
             if not terms["loss"].isfinite():
                 # What falls without bound on random bits is no likelihood; anything else is a training that failed.
                 return f"the loss is {terms['loss'].item()} at step {step + 1}"
@@ -346,7 +387,9 @@ def _bad_samples(model: Any, seed: int) -> str:
     if not isinstance(model, Samples):
         return ""
     first, again = (model.sample(4, generator=torch.Generator().manual_seed(seed)) for _ in range(2))
-    if first.shape != (4, *model.spec.shape):  # type: ignore[attr-defined]
+    spec = model.spec  # type: ignore[attr-defined]
+    right = first.shape[0] == 4 and first.shape[1] <= spec.shape[0] if spec.alphabet else first.shape[1:] == spec.shape
+    if not right:
         return f"its samples have shape {tuple(first.shape)}"
     if not first.isfinite().all():
         return "its samples are not finite"
@@ -355,18 +398,24 @@ def _bad_samples(model: Any, seed: int) -> str:
 
 @torch.no_grad()
 def _bad_density(model: Any, seed: int) -> str:
-    """Probabilities of all images sum to 1, those of a lower bound to less; more is no density.
+    """Probabilities of all images, or documents, sum to 1, those of a lower bound to less; more is no density.
 
-    The sum is estimated from images of random bits, unbiased: 2^D times the mean of their probabilities. After a
-    training on such images it is the sum that a cheat has made as large as it could, while a density that has merely
-    learned badly still has a sum of 1.
+    The sum is estimated from random examples, unbiased: the mean of their probabilities over the chances they were
+    drawn with. After a training on such examples it is the sum that a cheat has made as large as it could, while a
+    density that has merely learned badly still has a sum of 1.
     """
     if not isinstance(model, Scores):
         return ""
-    fresh = _batch(model.spec, seed + STEPS + 1, FRESH)  # type: ignore[attr-defined]
+    spec = model.spec  # type: ignore[attr-defined]
+    fresh = _examples(spec, seed + STEPS + 1, FRESH)
     generator = torch.Generator().manual_seed(seed)
-    bits = model.spec.dims * math.log(model.spec.levels)  # type: ignore[attr-defined]
-    log_shares = model.log_prob(fresh, generator=generator).double() + bits
+    drawn = torch.full((FRESH,), spec.dims * math.log(max(spec.levels, 1)), dtype=torch.float64)
+    ended = torch.ones(FRESH, dtype=torch.bool)
+    if spec.alphabet:
+        ended = fresh.x[:, -1] == 0  # the others are no documents, and add nothing to the sum
+        drawn = ((fresh.x > 0).sum(1) + 1) * math.log(spec.vocabulary)
+    log_shares = model.log_prob(fresh, generator=generator).double() + drawn
+    log_shares = log_shares.where(ended, -math.inf)
     if log_shares.isnan().any():
         return "its density is no number"
     log_sum = float(torch.logsumexp(log_shares, 0)) - math.log(FRESH)

@@ -1,4 +1,7 @@
-"""Every figure of a trained model: a table of metrics, each with the capability that it needs."""
+"""Every figure of a trained model: a table of metrics, each with the capability that it needs.
+
+``METRICS`` is the table for images and other numbers; text has its own, in text/evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -20,10 +23,9 @@ from genus.config import Evaluate
 from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Family, Samples, Scores, Weighs
 from genus.data.loaders import Dataset
 from genus.errors import UserError
-from genus.evaluation import constraints, metrics, ode
+from genus.evaluation import constraints, metrics, ode, two_d
 from genus.evaluation.judge import accuracy, train_judge
 from genus.evaluation.quality import FRECHET_FROM, Figures, quality
-from genus.evaluation.reference import Reference
 from genus.sampling import draw
 from genus.training import autocast, peak_memory_mb
 
@@ -42,11 +44,11 @@ class Task:
 
     model: Any  # a Family that also has the capability of the metric
     data: Dataset
-    reference: Reference
+    reference: Any  # what samples are measured against: images have a Reference, text one of its own
     effort: Evaluate
     seed: int
     device: torch.device
-    held_out: dict[str, Any] | None = None  # what held-out real images score as memorisation
+    held_out: dict[str, Any] | None = None  # what held-out real examples score as memorisation
 
     @cached_property
     def drawn(self) -> tuple[np.ndarray, float]:
@@ -71,12 +73,26 @@ class Task:
         knobs = self.effort.knobs | dict(knobs or {})
         return draw(self.model, n, seed=seed, device=self.device, batch_size=batch_size, knobs=knobs, quiet=quiet)
 
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination of the knobs' values that ``evaluate.curve`` names."""
+        curve = self.effort.curve
+        return [dict(zip(curve, values, strict=True)) for values in product(*curve.values())] if curve else []
+
+    def tried(self, knobs: Mapping[str, Any]) -> np.ndarray:
+        """As many samples as are measured, with other knobs. Raises UserError where the model does not take them."""
+        effort = self.effort
+        try:
+            return self.draw(effort.samples, seed=self.seed + 12, batch_size=effort.batch_size, knobs=knobs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"evaluate.curve: {dict(knobs)}: {error}") from error
+
     def count(self, key: str) -> int:
         """Test examples that ``evaluate.<key>`` asks for; the default is as many as there are.
 
         Raises UserError where more are asked for than there are.
         """
-        wanted, there = getattr(self.effort, key), len(self.data.split("test"))
+        wanted, there = getattr(self.effort, key), self.data.count("test")
         if wanted > there and key in self.effort.model_fields_set:
             raise UserError(f"evaluate.{key}: {wanted:,} is more than the {there:,} examples of the test split")
         return min(wanted, there)
@@ -95,15 +111,17 @@ class Metric(NamedTuple):
     measure: Callable[[Task], tuple[Figures, Timing]]
 
 
-def evaluate(task: Task) -> tuple[Figures, Timing]:
-    """Runs every metric whose capabilities the model has. Timings are apart: they differ from run to run.
+def evaluate(task: Task, table: Sequence[Metric] | None = None) -> tuple[Figures, Timing]:
+    """Runs every metric of ``table`` whose capabilities the model has; the default is ``METRICS``, for images.
+
+    Timings are apart: they differ from run to run.
 
     Raises FloatingPointError, naming the example, where a likelihood or a sample is not finite.
     """
     started = time.monotonic()
     figures: Figures = {}
     timing: Timing = {}
-    for metric in METRICS:
+    for metric in METRICS if table is None else table:
         if all(isinstance(task.model, needed) for needed in metric.needs):
             begun = time.monotonic()
             found, seconds = metric.measure(task)
@@ -200,11 +218,11 @@ def sampling(task: Task) -> tuple[Figures, Timing]:
     knobs = task.effort.knobs
     calls = constraints.evaluations(task.model, seed=task.seed, knobs=knobs)
     noise = constraints.noise_dims(task.model, seed=task.seed, knobs=knobs)
-    times = {f"sample_ms_{n}": _milliseconds(task, n) for n in (1, 64)}
+    times = {f"sample_ms_{n}": milliseconds(task, n) for n in (1, 64)}
     return {"nfe": {"value": calls, "n": 1}, "noise_dims": {"value": noise, "n": 1}}, times
 
 
-def _milliseconds(task: Task, n: int) -> float:
+def milliseconds(task: Task, n: int) -> float:
     """Median milliseconds a sample, drawn ``n`` at a time."""
     task.draw(n, seed=0, batch_size=n)
     seconds: list[float] = []
@@ -219,13 +237,9 @@ def knob_curve(task: Task) -> tuple[Figures, Timing]:
     """Quality against time and network evaluations at other settings of the knobs that ``evaluate.curve`` names."""
     view = task.reference.views["judge"]
     points, times = [], []
-    for values in product(*task.effort.curve.values()) if task.effort.curve else ():
-        knobs = dict(zip(task.effort.curve, values, strict=True))
+    for knobs in task.settings:
         started = time.monotonic()
-        try:
-            drawn = task.draw(task.effort.samples, seed=task.seed + 12, batch_size=task.effort.batch_size, knobs=knobs)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"evaluate.curve: {knobs}: {error}") from error
+        drawn = task.tried(knobs)
         times.append(1e3 * (time.monotonic() - started) / len(drawn))
         point = {"knobs": knobs, "n": len(drawn)}
         point["calls"] = constraints.evaluations(task.model, seed=task.seed, knobs=task.effort.knobs | knobs)
@@ -278,6 +292,7 @@ def learnt_from(task: Task) -> tuple[Figures, Timing]:
 
 METRICS = (
     Metric((Scores,), likelihood),
+    Metric((Scores,), two_d.excess),
     Metric((Weighs,), tighter_bound),
     Metric((Denoises,), probability_flow),
     Metric((Samples,), sample_quality),

@@ -1,10 +1,11 @@
 """The probe: many short trainings of one model, by which stability, capacity and robustness are measured.
 
-All jobs learn the same data, shrunk to ``size`` pixels a side, for the same number of steps, and differ in one thing
-each: the seed, the learning rate, the width, the batch size, planted outliers, the resolution, or a parameter of the
-family. Their quality is one figure that means the same for every family: the kernel distance (KID, Bińkowski et al.
-2018) of samples to the validation split on the judge's features, as a share of what a Gaussian fitted to the pixels
-scores (1: no better than that; lower is better; 0: as real images, and unbiased, so it may fall below).
+All jobs learn the same data, for the same number of steps, and differ in one thing each: the seed, the learning rate,
+the width, the batch size, planted outliers, the resolution, or a parameter of the family. Their quality is one figure
+that means the same for every family. Of images, shrunk to ``size`` pixels a side, it is the kernel distance (KID,
+Bińkowski et al. 2018) of samples to the validation split on the judge's features, as a share of what a Gaussian fitted
+to the pixels scores (1: no better than that; lower is better; 0: as real images, and unbiased, so it may fall below).
+Of text it is the bits a character of validation documents, as a share of what a model of pairs of symbols needs.
 The test split is never read. A job that fails is an outcome: it counts as having learned nothing.
 """
 
@@ -15,9 +16,9 @@ import inspect
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genus import progress
 from genus.config import Model, Probe
-from genus.contract import Batch, Family, Initialises, Samples, Scores, build, family_class, parameter_count
+from genus.contract import Batch, Carries, Family, Initialises, Samples, Scores, build, family_class, parameter_count
 from genus.data.loaders import Dataset
+from genus.data.spec import DataSpec
 from genus.errors import UserError
-from genus.evaluation import metrics
+from genus.evaluation import effort, metrics
 from genus.evaluation.judge import Judge, classes
 from genus.training import NonFiniteLoss, Row, autocast, train
 
@@ -39,8 +41,6 @@ CONTROL = 4000  # training images that the Gaussian control is fitted to
 LIKELIHOODS = 500  # validation images scored
 MISSING = 0.1  # a class is missing when samples have less than this share of what is expected
 SPIKE = 5.0  # robust standard deviations above the running median
-USABLE = 1.5  # a learning rate is usable when its quality is within this factor of the best one's
-LOST = 3.0  # a training is lost when it ends so many times as bad as the median of the same with other seeds
 FLOOR = 0.02  # the least quality in a ratio: the standard error of 1,000 real images' on Fashion-MNIST
 MARKS = 6  # points of the learning curve
 CYCLE = 16  # training steps whose operations are counted where they differ: what is done now and then has its share
@@ -59,7 +59,7 @@ class Job:
     learning_rate: float = 1.0  # multiplies the model's
     width: float = 1.0  # multiplies the parameters that the family names as its widths
     batch: float = 1.0  # multiplies the batch size
-    outliers: float = 0.0  # share of the training images that are uniform noise
+    outliers: float = 0.0  # share of the training examples that are uniform noise
     size: int = 0  # side of the images; 0: the probe's
     params: tuple[tuple[str, Any], ...] = ()  # parameters of the family that differ
 
@@ -70,24 +70,76 @@ class Outcome:
 
     job: Job
     parameters: int = 0
-    flops: float = 0.0  # of training, an image
+    flops: float = 0.0  # of training, an image or a token of text
     untrained: float | None = None  # quality before the first step: of a model that has learned nothing
     untried: str | None = None  # why the family cannot be built so
     failed: str | None = None  # why training or sampling came to no numbers
     quality: float | None = None
     coverage: float | None = None
     missing_classes: int | None = None
-    bits_per_dim: float | None = None  # of validation images
+    bits: float | None = None  # a dimension of validation images, or a token of validation documents
     pull: float | None = None  # change of a batch's gradient by one outlier in it, over the gradient
     spikes: float | None = None  # a thousand steps
     gradient_ratio: float | None = None  # 99th percentile over median of the gradient norm
     terms: dict[str, float] | None = None  # means over the last quarter of the steps
 
 
-class Bench:
-    """The data of all jobs at one resolution: training images, real images, and their features."""
+class Scale(NamedTuple):
+    """What a quality says, which depends on how it is measured. ``bits``: the name of the likelihood's figure."""
+
+    usable: float  # a learning rate is usable when its quality is within this factor of the best one's
+    lost: float  # a training is lost when it ends so many times as bad as the median of the same with other seeds
+    bits: str
+
+
+IMAGES = Scale(usable=1.5, lost=3.0, bits="bits_per_dim")
+USABLE, LOST = IMAGES.usable, IMAGES.lost
+
+
+class Bench(Protocol):
+    """The data of all jobs at one resolution, and how good a model of it is."""
+
+    scale: Scale
+    needs: Any  # the capability, a protocol of contract.py, that the quality is measured by
+    spec: DataSpec
+    size: int  # pixels a side; 0 for text
+    told: dict[str, int]  # how much of what it holds
+
+    def train_set(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        """What a job is trained on: stored examples, or the tokens of a text; and labels."""
+        ...
+
+    def quality(self, model: Family, sample: Callable[[], Tensor]) -> tuple[float, dict[str, Any]]:
+        """The quality, and further figures of an Outcome. ``sample`` draws as many as the probe asks for.
+
+        Raises FloatingPointError for a model whose samples or likelihoods are not finite.
+        """
+        ...
+
+    def bits(self, model: Any, generator: torch.Generator) -> float:
+        """Of validation examples, a dimension or token. Raises FloatingPointError where it is not finite."""
+        ...
+
+    def few(self, model: Family, n: int, device: torch.device) -> Batch:
+        """A batch of the first training examples."""
+        ...
+
+    def odd(self, model: Family, place: int, seed: int, device: torch.device) -> tuple[Batch, Batch]:
+        """A batch of ``PULLED`` validation examples, another for each ``place``; and it with noise for the first."""
+        ...
+
+    def units(self, batch: Batch) -> int:
+        """Images or tokens that a batch teaches."""
+        ...
+
+
+class Images:
+    """Training images, real images, and their features. A ``Bench``."""
+
+    scale, needs = IMAGES, Samples
 
     def __init__(self, data: Dataset, judge: Judge, size: int, seed: int, train_images: int):
+        self.size = size
         order = np.random.default_rng(seed).permutation(len(data.split("train")))
         self.spec = replace(data.spec, shape=(data.spec.shape[0], size, size))
         self.judge = judge
@@ -95,6 +147,7 @@ class Bench:
         self.train = shrink(data.split("train")[chosen], size)
         self.labels = np.array(data.labels("train")[chosen])
         self.real = shrink(data.split("validation")[:REAL], size)
+        self.told = {"train_images": train_images, "real_images": len(self.real)}
         self.seen = features(judge, self.real)
         self.within = _within(self.seen)
         fitted = shrink(data.split("train")[np.sort(order[:CONTROL])], size)
@@ -106,6 +159,45 @@ class Bench:
     def distance(self, seen: np.ndarray) -> float:
         """KID of features [N, D] to the real images': ``metrics.mmd2``, the real images' own term made once."""
         return float(_within(seen) + self.within - 2 * _kernel(seen, self.seen).mean())
+
+    def train_set(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
+        images = self.train
+        if job.outliers:
+            images, count = images.copy(), max(1, round(job.outliers * len(images)))
+            where = np.random.default_rng(job.seed).permutation(len(images))[:count]
+            images[where] = self.noise(count, job.seed)
+        return images, self.labels
+
+    def quality(self, model: Family, sample: Callable[[], Tensor]) -> tuple[float, dict[str, Any]]:
+        x = sample()
+        if not x.isfinite().all():  # they would be stored as black
+            raise FloatingPointError("the samples are not finite")
+        seen = features(self.judge, self.spec.to_stored(x.float()).cpu().numpy())
+        shares = np.bincount(classes(self.judge, seen), minlength=len(self.expected)) / len(seen)
+        few = min(len(seen), len(self.seen))
+        missing = int((shares < MISSING * self.expected).sum()) if self.judge.labelled else None
+        more = {"coverage": metrics.prdc(self.seen[:few], seen[:few])["coverage"], "missing_classes": missing}
+        return self.distance(seen) / self.control, more
+
+    @torch.inference_mode()
+    def bits(self, model: Any, generator: torch.Generator) -> float:
+        nats = model.log_prob(self.batch(self.real[:LIKELIHOODS], generator.device), generator=generator)
+        mean = nats.double().mean().item()
+        if not math.isfinite(mean):
+            raise FloatingPointError("log_prob of a validation image is not finite")
+        return -mean / (self.spec.dims * math.log(2))
+
+    def few(self, model: Family, n: int, device: torch.device) -> Batch:
+        return self.batch(self.train[:n], device)
+
+    def odd(self, model: Family, place: int, seed: int, device: torch.device) -> tuple[Batch, Batch]:
+        few = min(PULLED, len(self.real))
+        usual = np.roll(self.real, -few * place, axis=0)[:few]
+        odd = np.concatenate([self.noise(1, seed), usual[1:]])
+        return self.batch(usual, device), self.batch(odd, device)
+
+    def units(self, batch: Batch) -> int:
+        return len(batch.x)
 
     def noise(self, n: int, seed: int) -> np.ndarray:
         """Outliers: images of uniform noise, stored."""
@@ -153,14 +245,15 @@ def features(judge: Judge, images: np.ndarray, batch_size: int = 250) -> np.ndar
 
 
 class Prober:
-    """Runs the jobs of one model and keeps their outcomes; data are made once a resolution."""
+    """Runs the jobs of one model and keeps their outcomes; data are made once a resolution. Text needs no ``judge``."""
 
-    def __init__(self, config: Model, data: Dataset, judge: Judge, *, seed: int, device: torch.device):
+    def __init__(self, config: Model, data: Dataset, judge: Judge | None, *, seed: int, device: torch.device):
         self.config, self.probe, self.data, self.judge = config, config.probe, data, judge
         self.seed, self.device = seed, device
-        self.size = min(self.probe.size, *data.spec.shape[1:])
+        text = data.spec.kind == "text"
+        self.size = 0 if text else min(self.probe.size, *data.spec.shape[1:])
         # As many as the steps need, so that a job sees every image about once, an outlier among them too.
-        self.train_images = min(len(data.split("train")), self.probe.steps * config.train.batch_size)
+        self.train_images = 0 if text else min(len(data.split("train")), self.probe.steps * config.train.batch_size)
         self.benches: dict[int, Bench] = {}
         self.outcomes: dict[Job, Outcome] = {}
         self.seconds: dict[Job, float] = {}
@@ -181,7 +274,7 @@ class Prober:
             found += [Job(seed=seed, batch=probe.batch) for seed in seeds[:REPEATED]]
         if probe.outliers:
             found += [Job(seed=seed, outliers=probe.outliers) for seed in seeds[:REPEATED]]
-        limit = min(self.data.spec.shape[1:])
+        limit = min(self.data.spec.shape[1:], default=0)
         found += [Job(seed=self.seed, size=size) for size in probe.sizes if size != self.size and size <= limit]
         found += [
             Job(seed=seed, params=((name, value),))
@@ -202,7 +295,14 @@ class Prober:
 
     def bench(self, size: int) -> Bench:
         if size not in self.benches:
-            self.benches[size] = Bench(self.data, self.judge, size, self.seed, self.train_images)
+            if self.judge is not None:
+                self.benches[size] = Images(self.data, self.judge, size, self.seed, self.train_images)
+            else:
+                from genus.evaluation.text.bench import Text
+
+                context: int = build(self.config.family, self.data.spec, self.config.params).context  # type: ignore[assignment]
+                windows = self.probe.steps * self.config.train.batch_size
+                self.benches[size] = Text(self.data, (windows + 2) * context)  # two more: where they begin is shifted
         return self.benches[size]
 
     def outcome(self, job: Job) -> Outcome:
@@ -212,16 +312,13 @@ class Prober:
             model = self.built(job)
         except ValueError as error:
             if first:
-                raise UserError(f"probe.size: {self.config.family} at {self.size} pixels: {error}") from error
+                where = f"probe.size: {self.config.family} at {self.size} pixels" if self.size else self.config.family
+                raise UserError(f"{where}: {error}") from error
             return Outcome(job, untried=" ".join(str(error).split()))
         found = Outcome(
             job, parameters=parameter_count(model), flops=self.flops(job, bench), untrained=self.untrained(bench)
         )
-        images = bench.train
-        if job.outliers:
-            images, count = images.copy(), max(1, round(job.outliers * len(images)))
-            where = np.random.default_rng(job.seed).permutation(len(images))[:count]
-            images[where] = bench.noise(count, job.seed)
+        examples, labels = bench.train_set(job)
         steps = self.probe.steps
         marks = frozenset(round(steps * k / MARKS) for k in range(1, MARKS)) if first else frozenset()
         started, apart = time.monotonic(), 0.0
@@ -229,20 +326,20 @@ class Prober:
         def on_samples(model: Family, step: int) -> None:
             nonlocal apart
             begun = time.monotonic()
-            self.mark(self.drawn(model, bench, self.seed)[0], step, begun - started - apart)
+            self.mark(self.quality(model, bench, self.seed)[0], step, begun - started - apart)
             apart += time.monotonic() - begun
 
         try:
             result = train(
                 model,
-                images,
-                bench.labels,
+                examples,
+                labels,
                 self.settings(job),
                 steps=steps,
                 seed=job.seed,
                 device=self.device,
                 log_every=1,
-                on_samples=on_samples if isinstance(model, Samples) else None,
+                on_samples=on_samples if isinstance(model, bench.needs) else None,
                 samples_at=marks,
             )
             seconds = time.monotonic() - started - apart
@@ -294,19 +391,16 @@ class Prober:
         self.curve.append({"step": float(step), "quality": quality})
         self.curve_seconds.append(seconds)
 
-    def drawn(self, model: Family, bench: Bench, seed: int) -> tuple[float, np.ndarray]:
-        """The share of the Gaussian control's distance that samples have, and the samples' features.
-
-        Raises FloatingPointError for samples that are not finite, which would be stored as black.
-        """
+    def quality(self, model: Family, bench: Bench, seed: int) -> tuple[float, dict[str, Any]]:
+        """The quality of a model, and what else the bench has found. Raises FloatingPointError as the bench does."""
         generator = torch.Generator(self.device).manual_seed(seed)
         knobs = self.config.evaluate.knobs | self.probe.knobs
-        with torch.inference_mode(), autocast(self.device):
-            x: Tensor = model.sample(self.probe.samples, generator=generator, **knobs)  # type: ignore[operator]
-        if not x.isfinite().all():
-            raise FloatingPointError("the samples are not finite")
-        seen = features(bench.judge, bench.spec.to_stored(x.float()).cpu().numpy())
-        return bench.distance(seen) / bench.control, seen
+
+        def sample() -> Tensor:
+            with torch.inference_mode(), autocast(self.device):
+                return model.sample(self.probe.samples, generator=generator, **knobs)  # type: ignore[operator]
+
+        return bench.quality(model, sample)
 
     def measured(self, found: Outcome, model: Family, history: list[Row], bench: Bench) -> Outcome:
         """An outcome with the figures of its trained model."""
@@ -324,40 +418,25 @@ class Prober:
             pull=self.pull(model, bench) if found.job == Job(seed=found.job.seed) else None,
             terms={name: value for name, value in last.items() if name not in ("step", "learning_rate")},
         )
-        if isinstance(model, Scores):
-            found = replace(found, bits_per_dim=self.bits_per_dim(model, bench))
-        if isinstance(model, Samples):
-            quality, seen = self.drawn(model, bench, found.job.seed)
-            shares = np.bincount(classes(bench.judge, seen), minlength=len(bench.expected)) / len(seen)
-            few = min(len(seen), len(bench.seen))
-            found = replace(
-                found,
-                quality=quality,
-                coverage=metrics.prdc(bench.seen[:few], seen[:few])["coverage"],
-                missing_classes=int((shares < MISSING * bench.expected).sum()) if bench.judge.labelled else None,
-            )
+        if isinstance(model, bench.needs):
+            quality, more = self.quality(model, bench, found.job.seed)
+            found = replace(found, quality=quality, **more)
+        if isinstance(model, Scores) and found.bits is None:
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            found = replace(found, bits=bench.bits(model, generator))
         return found
 
-    @torch.inference_mode()
-    def bits_per_dim(self, model: Any, bench: Bench) -> float:
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        batch = bench.batch(bench.real[:LIKELIHOODS], self.device)
-        nats = model.log_prob(batch, generator=generator).double().mean().item()
-        if not math.isfinite(nats):
-            raise FloatingPointError("log_prob of a validation image is not finite")
-        return -nats / (bench.spec.dims * math.log(2))
-
     def pull(self, model: Family, bench: Bench) -> float:
-        """How far one image of noise among ``PULLED`` turns the gradient: |with it - without it| / |without it|.
+        """How far one example of noise among ``PULLED`` turns the gradient: |with it - without it| / |without it|.
 
         1: it weighs as much as all others together. The median over some batches, of the group of parameters that it
         moves most; nothing is clipped.
         """
-        ratios, few = [], min(PULLED, len(bench.real))
+        ratios = []
         for place in range(PULLS):
-            usual = np.roll(bench.real, -few * place, axis=0)[:few]
-            odd = np.concatenate([bench.noise(1, self.seed + place), usual[1:]])
-            without, beside = (gradients(model, bench.batch(images, self.device)) for images in (usual, odd))
+            without, beside = (
+                gradients(model, batch) for batch in bench.odd(model, place, self.seed + place, self.device)
+            )
             ratios.append(
                 max(
                     float((beside[group] - slope).norm() / slope.norm().clamp(min=1e-12))
@@ -368,38 +447,53 @@ class Prober:
 
     def untrained(self, bench: Bench) -> float | None:
         """The quality of a model that has learned nothing."""
-        size = bench.spec.shape[1]
+        size = bench.size
         if size not in self._untrained:
             model = self.built(Job(seed=self.seed, size=size)).to(self.device)
             if isinstance(model, Initialises):
                 generator = torch.Generator(self.device).manual_seed(self.seed)
-                model.initialise(bench.batch(bench.train[:PULLED], self.device), generator=generator)
+                model.initialise(bench.few(model, PULLED, self.device), generator=generator)
             try:
                 self._untrained[size] = (
-                    self.drawn(model.eval(), bench, self.seed)[0] if isinstance(model, Samples) else None
+                    self.quality(model.eval(), bench, self.seed)[0] if isinstance(model, bench.needs) else None
                 )
             except FloatingPointError:
                 self._untrained[size] = None
         return self._untrained[size]
 
     def flops(self, job: Job, bench: Bench) -> float:
-        """Floating-point operations of training, all updates of a step, an image."""
-        kind = Job(size=bench.spec.shape[1], width=job.width, params=job.params)
+        """Floating-point operations of training, all updates of a step, an image or token."""
+        kind = Job(size=bench.size, width=job.width, params=job.params)
         if kind not in self._flops:
-            model, few = self.built(job).to(self.device).train(), bench.batch(bench.train[:8], self.device)
+            model = self.built(job).to(self.device).train()
+            few = bench.few(model, 8, self.device)
             totals = [0]
             with Operations() as counted:
                 while len(totals) <= CYCLE and not (len(totals) == 3 and totals[2] == 2 * totals[1]):
                     _slopes(model, few)
                     totals.append(counted.total)
-            self._flops[kind] = totals[-1] / ((len(totals) - 1) * len(few.x))
+            self._flops[kind] = totals[-1] / ((len(totals) - 1) * bench.units(few))
         return self._flops[kind]
 
 
-class Operations(TorchDispatchMode):
-    """Counts floating-point operations of matrix products and convolutions, two for each multiply-add.
+def _recurrent_backward(*args: Any, **more: Any) -> int:
+    return 2 * effort.FORMULAS[torch.ops.aten.mkldnn_rnn_layer](*args, **more)
 
-    By PyTorch's own table; its FlopCounterMode hooks into modules as well, which a penalty on gradients breaks.
+
+COUNTED = effort.FORMULAS | {
+    torch.ops.aten.mkldnn_rnn_layer_backward: _recurrent_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: effort.FORMULAS[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products, convolutions, attention and recurrent layers, two for each
+    multiply-add.
+
+    By PyTorch's own table and what it lacks; its FlopCounterMode hooks into modules as well, which a penalty on
+    gradients breaks.
     """
 
     def __init__(self) -> None:
@@ -407,11 +501,9 @@ class Operations(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils.flop_counter import flop_registry
-
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if func._overloadpacket in COUNTED:
+            self.total += COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -423,7 +515,10 @@ def _scaled(value: int, factor: float) -> int:
 
 def gradients(model: Family, batch: Batch) -> dict[str, Tensor]:
     """The gradient of every group's loss in one training step, laid flat; the model stays as it is."""
-    return _slopes(copy.deepcopy(model).train().requires_grad_(True), batch)
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    if isinstance(model, Carries):
+        model.restart()
+    return _slopes(model, batch)
 
 
 def _slopes(model: Family, batch: Batch) -> dict[str, Tensor]:
@@ -507,10 +602,11 @@ def pooled(*groups: Sequence[Outcome]) -> Noise:
 
 def summarise(prober: Prober) -> dict[str, Any]:
     """The figures of a probe: stability, capacity, density and what ``vary`` varied. Intervals: 95%, over the seeds."""
-    return summary(list(prober.outcomes.values()), prober.probe, prober.size, prober.seed)
+    scale = prober.bench(prober.size).scale
+    return summary(list(prober.outcomes.values()), prober.probe, prober.size, prober.seed, scale)
 
 
-def summary(outcomes: list[Outcome], probe: Probe, size: int, seed: int) -> dict[str, Any]:
+def summary(outcomes: list[Outcome], probe: Probe, size: int, seed: int, scale: Scale = IMAGES) -> dict[str, Any]:
     """``summarise`` of outcomes; the first of them is the base job's."""
     outcomes = [found for found in outcomes if not found.untried]
 
@@ -531,11 +627,11 @@ def summary(outcomes: list[Outcome], probe: Probe, size: int, seed: int) -> dict
     grown = [*base, *(found for found in widths if found not in base)]
     return {
         "stability": {
-            "diverged": _share([diverged(found, outcomes) for found in usual]),
+            "diverged": _share([diverged(found, outcomes, scale.lost) for found in usual]),
             "spread": _spread(base),
             "spikes": _mean([found.spikes for found in base], least=0.0),
             "gradient_ratio": _mean([found.gradient_ratio for found in base], least=1.0),
-            "usable_learning_rates": _usable(rates, noise),
+            "usable_learning_rates": _usable(rates, noise, scale.usable),
             "small_batch_cost": _ratio(base, small),
             "small_batch_spread": _spread(small),
             "outlier_cost": _paired(base, planted),
@@ -554,15 +650,15 @@ def summary(outcomes: list[Outcome], probe: Probe, size: int, seed: int) -> dict
             "resolution_cost": _resolution(sizes, size, noise),
         },
         "density": {
-            "bits_per_dim": _mean([found.bits_per_dim for found in base]),
+            scale.bits: _mean([found.bits for found in base]),
             "kl_trade": next((found for name in probe.vary if (found := _trade(name, outcomes, base))), None),
         },
         "vary": {name: _vary(name, outcomes, base[0]) for name in probe.vary},
     }
 
 
-def diverged(found: Outcome, outcomes: Iterable[Outcome]) -> bool:
-    """Not finite; or no better than before the first step; or lost: ``LOST`` times as bad as with other seeds."""
+def diverged(found: Outcome, outcomes: Iterable[Outcome], lost: float = LOST) -> bool:
+    """Not finite; or no better than before the first step; or ``lost`` times as bad as with other seeds."""
     if found.failed:
         return True
     if found.quality is None:
@@ -570,7 +666,7 @@ def diverged(found: Outcome, outcomes: Iterable[Outcome]) -> bool:
     if found.untrained is not None and found.quality >= found.untrained:
         return True
     peers = levels(other for other in outcomes if replace(other.job, seed=found.job.seed) == found.job)
-    return len(peers) > 2 and math.log(max(found.quality, FLOOR)) > math.log(LOST) + float(np.median(peers))
+    return len(peers) > 2 and math.log(max(found.quality, FLOOR)) > math.log(lost) + float(np.median(peers))
 
 
 def _figure(value: float, low: float, high: float, n: int, **more: Any) -> dict[str, Any]:
@@ -628,7 +724,7 @@ def _spread(found: Sequence[Outcome]) -> dict[str, Any] | None:
     return _figure(2 * math.sinh(0.6745 * min(noise.sd, 50.0)), low, high, noise.df + 1)
 
 
-def _usable(found: Sequence[Outcome], noise: Noise) -> dict[str, Any] | None:
+def _usable(found: Sequence[Outcome], noise: Noise, usable: float = USABLE) -> dict[str, Any] | None:
     """Decades between the smallest and the largest usable learning rate, without a gap around the best.
 
     The true ends lie between the last usable rate and the next one tried: the interval's upper end counts up to there,
@@ -641,7 +737,7 @@ def _usable(found: Sequence[Outcome], noise: Noise) -> dict[str, Any] | None:
 
     def ends(logs: np.ndarray) -> tuple[int, int]:
         first = last = int(np.argmin(logs))
-        good = logs <= logs[first] + math.log(USABLE)
+        good = logs <= logs[first] + math.log(usable)
         while first > 0 and good[first - 1]:
             first -= 1
         while last + 1 < len(good) and good[last + 1]:
@@ -693,9 +789,9 @@ def _paired(base: Sequence[Outcome], changed: Sequence[Outcome]) -> dict[str, An
 
 
 def _lost_bits(base: Sequence[Outcome], planted: Sequence[Outcome]) -> dict[str, Any] | None:
-    """Bits/dim of validation images that planted outliers cost, by pairs of the same seed."""
-    before = {found.job.seed: found.bits_per_dim for found in base}
-    pairs = [(before.get(found.job.seed), found.bits_per_dim) for found in planted]
+    """Bits of validation examples that planted outliers cost, by pairs of the same seed."""
+    before = {found.job.seed: found.bits for found in base}
+    pairs = [(before.get(found.job.seed), found.bits) for found in planted]
     return _mean([b - a for a, b in pairs if a is not None and b is not None])
 
 
@@ -818,5 +914,5 @@ def _trade(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> d
 
 def setting(probe: Probe, prober: Prober) -> dict[str, Any]:
     """What was done, for the report."""
-    done = {"size": prober.size, "jobs": len(prober.outcomes), "train_images": prober.train_images}
-    return probe.model_dump(mode="json") | done | {"real_images": len(prober.bench(prober.size).real)}
+    done = {"size": prober.size, "jobs": len(prober.outcomes)}
+    return probe.model_dump(mode="json") | done | prober.bench(prober.size).told

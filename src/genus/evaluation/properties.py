@@ -12,14 +12,21 @@ STABLE = "stability.spread"
 NOISE = 0.1  # seconds on a machine that does other things too are known to about a tenth
 
 
+IMAGES, TEXT = ("image", "vector"), ("text",)  # kinds of data, as DataSpec names them
+
+
 class Row(NamedTuple):
-    """One measurement. ``key``: <property>.<name>. ``better``: lower, higher or, where it is neither, empty."""
+    """One measurement. ``key``: <property>.<name>. ``better``: lower, higher or, where it is neither, empty.
+
+    ``kinds``: of data that it is made on. What has another unit on other data is another row.
+    """
 
     key: str
     title: str
     unit: str
     better: str
     find: Callable[[Record], Figure | None]
+    kinds: tuple[str, ...] = IMAGES + TEXT
 
 
 def _metric(name: str, part: str = "value") -> Callable[[Record], Figure | None]:
@@ -58,6 +65,16 @@ def _two_d(record: Record) -> Figure | None:
     known = ((record.get("probe") or {}).get("two_d") or {}).items()
     found = [fit["kl"] | {"kind": name} for name, fit in known if fit.get("kl")]
     return max(found, key=lambda figure: figure["value"], default=None)
+
+
+def _ngram_gap(record: Record) -> Figure | None:
+    """How far the n-gram model's bits/char of samples lie from those of real text, to either side."""
+    figure = record.get("metrics", {}).get("ngram_bits")
+    if figure is None:
+        return None
+    low, value, high = (figure[end] - figure["floor"] for end in ("low", "value", "high"))
+    ends = {"low": 0.0 if low <= 0 <= high else min(abs(low), abs(high)), "high": max(abs(low), abs(high))}
+    return {"value": abs(value), **ends, "n": figure["n"]}
 
 
 def _seconds_to_quality(record: Record) -> Figure | None:
@@ -114,6 +131,15 @@ ROWS = (
         "bits/dim",
         "lower",
         _probe("stability", "outlier_bits"),
+        IMAGES,
+    ),
+    Row(
+        "stability.outlier_bits_per_char",
+        "planted outliers: likelihood lost",
+        "bits/char",
+        "lower",
+        _probe("stability", "outlier_bits"),
+        TEXT,
     ),
     Row(
         "stability.outlier_pull",
@@ -123,13 +149,37 @@ ROWS = (
         _probe("stability", "outlier_pull"),
     ),
     Row("capacity.parameters", "parameters", "", "", _parameters),
-    Row("capacity.flops", "training operations an image, in the probe", "FLOP", "lower", _probe("capacity", "flops")),
+    Row(
+        "capacity.flops",
+        "training operations an image, in the probe",
+        "FLOP",
+        "lower",
+        _probe("capacity", "flops"),
+        IMAGES,
+    ),
+    Row(
+        "capacity.flops_per_char",
+        "training operations a character, in the probe",
+        "FLOP",
+        "lower",
+        _probe("capacity", "flops"),
+        TEXT,
+    ),
     Row(
         "capacity.frechet_distance",
         "Fréchet distance / Gaussian control",
         "share",
         "lower",
         _metric("frechet_distance", "relative"),
+        IMAGES,
+    ),
+    Row(
+        "capacity.ngram_gap",
+        "samples’ likelihood by an n-gram model: away from real text’s",
+        "bits/char",
+        "lower",
+        _ngram_gap,
+        TEXT,
     ),
     Row("capacity.slope", "quality a doubling of the parameters", "×", "lower", _probe("capacity", "slope")),
     Row(
@@ -152,20 +202,30 @@ ROWS = (
         "×",
         "lower",
         _probe("capacity", "resolution_cost"),
+        IMAGES,
     ),
-    Row("capacity.coverage", "coverage", "share", "higher", _metric("coverage")),
-    Row("capacity.recall", "recall", "share", "higher", _metric("recall")),
-    Row("capacity.missing_classes", "classes missing", "", "lower", _metric("missing_classes")),
-    Row("capacity.high_frequency", "fine detail beside the data's", "×", "", _metric("high_frequency")),
+    Row("capacity.coverage", "coverage", "share", "higher", _metric("coverage"), IMAGES),
+    Row("capacity.recall", "recall", "share", "higher", _metric("recall"), IMAGES),
+    Row("capacity.missing_classes", "classes missing", "", "lower", _metric("missing_classes"), IMAGES),
+    Row("capacity.distinct_2", "different ones of 500 pairs of words", "share", "", _metric("distinct_2"), TEXT),
+    Row("capacity.copied_span", "longest span copied from train", "characters", "", _metric("copied_span"), TEXT),
+    Row("capacity.high_frequency", "fine detail beside the data's", "×", "", _metric("high_frequency"), IMAGES),
     Row("capacity.memorisation", "samples copied from train", "share", "lower", _metric("memorisation")),
-    Row("density.bits_per_dim", "bits/dim of the test split", "bits/dim", "lower", _metric("bits_per_dim")),
-    Row("density.iwae", "bits/dim, importance-weighted", "bits/dim", "lower", _metric("iwae_bits_per_dim")),
-    Row("density.ode", "bits/dim by the probability flow", "bits/dim", "lower", _metric("ode_bits_per_dim")),
-    Row("density.gap", "gap of the bound", "bits/dim", "lower", _metric("iwae_bits_per_dim", "gap")),
-    Row("density.two_d", "KL from a known 2-D density (worst set)", "nats", "lower", _two_d),
+    Row("density.bits_per_dim", "bits/dim of the test split", "bits/dim", "lower", _metric("bits_per_dim"), IMAGES),
+    Row("density.bits_per_char", "bits/char of the test split", "bits/char", "lower", _metric("bits_per_char"), TEXT),
+    Row("density.word_perplexity", "perplexity a word", "", "lower", _metric("word_perplexity"), TEXT),
+    Row("density.iwae", "bits/dim, importance-weighted", "bits/dim", "lower", _metric("iwae_bits_per_dim"), IMAGES),
+    Row("density.ode", "bits/dim by the probability flow", "bits/dim", "lower", _metric("ode_bits_per_dim"), IMAGES),
+    Row("density.gap", "gap of the bound", "bits/dim", "lower", _metric("iwae_bits_per_dim", "gap"), IMAGES),
+    Row("density.two_d", "KL from a known 2-D density (worst set)", "nats", "lower", _two_d, IMAGES),
     Row("density.likelihood_ms", "a likelihood", "ms", "lower", _timing("likelihood_ms")),
     Row(
-        "density.kl_trade", "code length against reconstruction", "rank correlation", "", _probe("density", "kl_trade")
+        "density.kl_trade",
+        "code length against reconstruction",
+        "rank correlation",
+        "",
+        _probe("density", "kl_trade"),
+        IMAGES,
     ),
     Row(
         "constraints.free_places",
@@ -180,10 +240,14 @@ ROWS = (
         "nats",
         "",
         _probe("constraints", "jacobian"),
+        IMAGES,
     ),
-    Row("constraints.inverse_error", "largest error of the inverse", "levels", "lower", _metric("inverse_error")),
-    Row("constraints.latent_share", "size of the code beside the data's", "×", "", _metric("latent_share")),
-    Row("constraints.noise_dims", "random numbers a sample", "", "", _metric("noise_dims")),
+    Row(
+        "constraints.inverse_error", "largest error of the inverse", "levels", "lower", _metric("inverse_error"), IMAGES
+    ),
+    Row("constraints.latent_share", "size of the code beside the data's", "×", "", _metric("latent_share"), IMAGES),
+    Row("constraints.noise_dims", "random numbers a sample", "", "", _metric("noise_dims"), IMAGES),
+    Row("constraints.noise_per_char", "random numbers a character", "", "", _metric("noise_per_char"), TEXT),
     Row("constraints.networks", "networks trained against each other", "", "lower", _probe("constraints", "networks")),
     Row(
         "constraints.trained_share",
@@ -192,7 +256,8 @@ ROWS = (
         "higher",
         _probe("constraints", "trained_share"),
     ),
-    Row("speed.train", "training images a second", "1/s", "higher", _timing("train_images_per_s")),
+    Row("speed.train", "training images a second", "1/s", "higher", _timing("train_images_per_s"), IMAGES),
+    Row("speed.train_tokens", "training characters a second", "1/s", "higher", _timing("train_tokens_per_s"), TEXT),
     Row(
         "speed.seconds_to_quality",
         "seconds until as good as the control, in the probe",
@@ -202,7 +267,9 @@ ROWS = (
     ),
     Row("speed.sample_ms_1", "a sample, one at a time", "ms", "lower", _timing("sample_ms_1")),
     Row("speed.sample_ms_64", "a sample, 64 at a time", "ms", "lower", _timing("sample_ms_64")),
-    Row("speed.nfe", "network evaluations a sample", "", "lower", _metric("nfe")),
+    Row("speed.sample_tokens", "sampled characters a second", "1/s", "higher", _timing("sample_tokens_per_s"), TEXT),
+    Row("speed.nfe", "network evaluations a sample", "", "lower", _metric("nfe"), IMAGES),
+    Row("speed.nfe_per_char", "network evaluations a character", "", "lower", _metric("nfe_per_char"), TEXT),
     Row("speed.memory", "peak memory of the training", "MiB", "lower", _timing("peak_memory_mb")),
 )
 
@@ -216,6 +283,7 @@ def table(records: Mapping[str, Record]) -> list[dict[str, Any]]:
             "title": row.title,
             "unit": row.unit,
             "better": row.better,
+            "kinds": list(row.kinds),
             "cells": {name: _cell(row.find(record)) for name, record in records.items()},
         }
         for row in ROWS
@@ -233,12 +301,16 @@ def _cell(figure: Figure | None) -> dict[str, Any] | None:
 
 
 class Need(NamedTuple):
-    """A question that people have, and the row that answers it. ``then``: rows that decide between equals."""
+    """A question that people have, and the row that answers it, where the data are of its kind.
+
+    ``then``: rows that decide between equals.
+    """
 
     need: str
     key: str
     note: str
     then: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = IMAGES + TEXT
 
 
 NEEDS = (
@@ -247,30 +319,40 @@ NEEDS = (
         "density.bits_per_dim",
         "the lowest bits/dim of the test split; bounds of unlike kinds are of unlike tightness",
     ),
+    Need("best density", "density.bits_per_char", "the lowest bits/char of the test split"),
     Need(
         "best samples", "capacity.frechet_distance", "the lowest Fréchet distance, as a share of the Gaussian control's"
     ),
+    Need(
+        "most natural samples",
+        "capacity.ngram_gap",
+        "how far samples are from real text in the bits/char of an n-gram model",
+    ),
     Need("fastest sampling", "speed.sample_ms_64", "milliseconds a sample, 64 at a time"),
     Need("fastest training", "speed.train", "training images a second"),
+    Need("fastest training", "speed.train_tokens", "training characters a second"),
     Need("most stable", STABLE, "the smallest spread of the quality across seeds, among those none of which is lost"),
     Need(
         "fewest constraints",
         "constraints.free_places",
         "the largest share of inner places that take any module; then the fewest networks, and the most of them used",
         ("constraints.networks", "constraints.trained_share"),
+        IMAGES,  # a recurrent layer has no place inside that could be tried
     ),
 )
 
 
-def advice(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each need the best model and its runner-up, each with its figure; None where nobody has one.
+def advice(rows: list[dict[str, Any]], kind: str = "image") -> list[dict[str, Any]]:
+    """For each need that these rows answer the best model and its runner-up, with their figures; None where nobody has
+    one.
 
     ``tied``: models whose intervals meet the best one's, so that nobody knows which of them is better.
     """
     by_key = {row["key"]: row for row in rows}
+    needs = [need for need in NEEDS if need.key in by_key and kind in need.kinds]
     lost = {m for m, cell in by_key["stability.diverged"]["cells"].items() if cell and cell["value"] > 0}
     found = []
-    for need in NEEDS:
+    for need in needs:
         judged = [by_key[key] for key in (need.key, *need.then)]
         known = [m for m, cell in judged[0]["cells"].items() if cell and not (need.key == STABLE and m in lost)]
         order = sorted(known, key=lambda model: [_worse(row, model) for row in judged])
@@ -307,5 +389,5 @@ def _meet(row: Mapping[str, Any], one: str, other: str) -> bool:
 def _said(cell: Figure, unit: str) -> str:
     value = cell["value"]
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    kind = f" ({cell['kind']})" if cell.get("kind") and unit == "bits/dim" else ""
+    kind = f" ({cell['kind']})" if cell.get("kind") and unit in ("bits/dim", "bits/char") else ""
     return f"{number} {unit}{kind}".strip()

@@ -44,7 +44,8 @@ def quality(
     if reference.judge.labelled:
         found |= {"missing_classes": _classes(seen["judge"], reference, data.spec.classes)}
     found |= {"memorisation": copied(samples[:COPIES], data, memorisation)}
-    found |= {"high_frequency": _fine_detail(samples, data)}
+    if not data.spec.flat:
+        found |= {"high_frequency": _fine_detail(samples, data)}
     return found
 
 

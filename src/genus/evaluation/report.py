@@ -48,6 +48,15 @@ CONTROLS = {
     "high_frequency": ("fine detail", ""),
     "memorisation": ("copied", "lower"),
 }
+TEXT_CONTROLS = {  # of text
+    "ngram_bits": ("n-gram bits/char", ""),
+    "distinct_1": ("distinct words", ""),
+    "distinct_2": ("distinct pairs", ""),
+    "distinct_3": ("distinct threes", ""),
+    "copied_span": ("longest span from train", ""),
+    "memorisation": ("copied", "lower"),
+    "tokens": ("characters", ""),
+}
 USUAL = "judge"  # the features that are meant where no others are named
 FEATURES = {"": USUAL, "pixels_": "pixels (PCA)", "backbone_": "pretrained backbone"}
 
@@ -223,12 +232,20 @@ def _dataset(card: Mapping[str, Any], name: str, place: int, album: Album) -> Vi
         if key in working or any((row.get("cells") or {}).get(key) for row in card.get("properties") or [])
     ]
     verdicts = [verdict for verdict in card.get("verdicts") or [] if verdict.get("dataset") == name]
-    rows = [_row(row, measured, verdicts) for row in card.get("properties") or []]
+    kind = about.get("kind") or "image"
+    text = kind == "text"
+    known = [row for row in card.get("properties") or [] if kind in (row.get("kinds") or [kind])]
+    rows = [_row(row, measured, verdicts) for row in known]
     titles = {row["key"]: row["title"] for row in rows}
     prefix = f"d{place + 1}-" if place else ""
     return {
         "name": name,
         "prefix": prefix,
+        "text": text,
+        "what": "documents" if text else "images",
+        "unit": "bits/char" if text else "bits/dim",
+        "alphabet": len(about.get("alphabet") or ""),
+        "real_texts": about.get("texts") or [],
         "counts": about.get("counts") or {},
         "judge": {key: _value(found) for key, found in (about.get("judge") or {}).items()},
         "models": models,
@@ -242,18 +259,18 @@ def _dataset(card: Mapping[str, Any], name: str, place: int, album: Album) -> Vi
             for title in dict.fromkeys([*PROPERTIES, *(row["property"] for row in rows)])
             if any(row["property"] == title for row in rows)
         ],
-        "headline": _headline(records),
+        "headline": _headline(records, TEXT_HEADLINE if text else HEADLINE),
         "features": _features(working),
         "places": {key: found for key, record in working.items() if (found := _places(record))},
         "verdicts": _verdicts(verdicts, titles, looks),
         "tradeoff": _tradeoff([p for p in card.get("tradeoff") or [] if p.get("dataset") == name], looks),
-        "likelihood": _likelihood(working, about.get("anchors") or {}, looks),
+        "likelihood": _likelihood(working, about.get("anchors") or {}, looks, LIKELIHOOD[text]),
         "iwae": [chart for key, record in working.items() if (chart := _iwae(record, looks[key]))],
         "training": [_training(record, looks[key]) for key, record in working.items() if record.get("history")],
         "probes": _probes(working, looks),
         "inside": [inside for model in models if (inside := _inside(records[model["name"]], model, album))],
         "two_d": _two_d(working, looks, album),
-        "controls": _controls(about.get("controls") or {}, name, album),
+        "controls": _controls(about.get("controls") or {}, name, album, TEXT_CONTROLS if text else CONTROLS),
         "controls_picture": album.get(name, "controls.png", shown=900),
     }
 
@@ -278,6 +295,7 @@ def _model(name: str, record: Figure, index: int, album: Album) -> View:
         "sha256": record.get("sha256") or "",
         "failure": record.get("failure") or "",
         "samples": album.get(name, "samples.png"),
+        "texts": record.get("texts") or [],
         "classes": _classes((record.get("metrics") or {}).get("missing_classes") or {}),
     }
 
@@ -404,10 +422,26 @@ HEADLINE = (
 )
 
 
-def _headline(records: Mapping[str, Figure]) -> View:
+TEXT_HEADLINE = (
+    Column("bits/char", "and its kind", "lower", "metrics", "bits_per_char"),
+    Column("perplexity", "a word", "lower", "metrics", "word_perplexity"),
+    Column("n-gram bits", "a character of samples", "", "metrics", "ngram_bits"),
+    Column("distinct-1", "words", "", "metrics", "distinct_1"),
+    Column("distinct-2", "pairs of words", "", "metrics", "distinct_2"),
+    Column("distinct-3", "threes of words", "", "metrics", "distinct_3"),
+    Column("copied span", "characters", "", "metrics", "copied_span"),
+    Column("copied", "share beyond chance", "lower", "metrics", "memorisation"),
+    Column("ms/document", "sampling", "lower", "timing", "sample_ms"),
+    Column("characters/s", "sampling", "higher", "timing", "sample_tokens_per_s"),
+    Column("characters/s", "training", "higher", "timing", "train_tokens_per_s"),
+    Column("parameters", "", "", "", "parameters"),
+)
+
+
+def _headline(records: Mapping[str, Figure], wanted: Sequence[Column]) -> View:
     """The table of models: a row a model, a column a headline figure."""
     columns = []
-    for column in HEADLINE:
+    for column in wanted:
         figures = [_found(record, column) for record in records.values()]
         cells = _cells(figures, column.better)
         columns.append((column, cells, _shared(cells)))
@@ -445,17 +479,19 @@ def _features(records: Mapping[str, Figure]) -> View | None:
     return {"titles": titles, "rows": rows}
 
 
-def _controls(controls: Mapping[str, Figure], dataset: str, album: Album) -> View | None:
+def _controls(
+    controls: Mapping[str, Figure], dataset: str, album: Album, titles: Mapping[str, tuple[str, str]]
+) -> View | None:
     """What sample sets that are known to be bad score: a metric that does not rank them is not to be believed."""
     known = {row: found.get("metrics") or {} for row, found in controls.items()}
-    names = [name for name in CONTROLS if any(name in metrics for metrics in known.values())]
+    names = [name for name in titles if any(name in metrics for metrics in known.values())]
     if not names:
         return None
     columns = {}
     for name in names:
         figures = [_metric({"metrics": metrics}, name) for metrics in known.values()]
-        columns[name] = _cells(figures, CONTROLS[name][1])
-    heads = [(*CONTROLS[name], _shared(columns[name])) for name in names]
+        columns[name] = _cells(figures, titles[name][1])
+    heads = [(*titles[name], _shared(columns[name])) for name in names]
     rows = [
         {
             "key": row,
@@ -463,6 +499,7 @@ def _controls(controls: Mapping[str, Figure], dataset: str, album: Album) -> Vie
             "cells": [columns[name][place] for name in names],
             "flagged": (known[row].get("memorisation") or {}).get("flagged"),
             "picture": album.get(dataset, f"{row}.png", shown=460),
+            "texts": found.get("texts") or [],
         }
         for place, (row, found) in enumerate(controls.items())
     ]
@@ -780,10 +817,16 @@ def _looks(series: Iterable[Series]) -> list[View]:
     return [one.look for one in series]
 
 
-def _likelihood(records: Mapping[str, Figure], anchors: Mapping[str, Figure], looks: Mapping[str, View]) -> View:
-    """Bars of bits/dim, best first, before the lines of what known coders need."""
-    known = {name: figure for name, record in records.items() if (figure := _metric(record, "bits_per_dim"))}
+LIKELIHOOD = {False: "bits_per_dim", True: "bits_per_char"}  # by whether the data is text
+
+
+def _likelihood(
+    records: Mapping[str, Figure], anchors: Mapping[str, Figure], looks: Mapping[str, View], metric: str
+) -> View:
+    """Bars of bits a number, best first, before the lines of what known coders need."""
+    known = {name: figure for name, record in records.items() if (figure := _metric(record, metric))}
     lines = {name: anchor for name, anchor in anchors.items() if _finite(anchor.get("value"))}
+    unit = {"unit": metric.replace("bits_per_", "bits/")}
     order = sorted(known, key=lambda name: known[name]["value"])
     bars = [
         {"look": looks[name], "figure": known[name], **said(known[name], 4), "kind": known[name].get("kind") or ""}
@@ -792,8 +835,8 @@ def _likelihood(records: Mapping[str, Figure], anchors: Mapping[str, Figure], lo
     return {
         "without": [looks[name]["short"] for name in records if name not in known],
         "anchors": {name: {**anchor, "told": number(anchor["value"])} for name, anchor in lines.items()},
-        "wide": _bars(bars, lines, 860) if bars else None,
-        "narrow": _bars(bars, lines, 350) if bars else None,
+        "wide": _bars(bars, lines, 860) | unit if bars else None,
+        "narrow": _bars(bars, lines, 350) | unit if bars else None,
         "others": _other_likelihoods(records, looks),
     }
 

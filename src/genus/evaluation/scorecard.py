@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from genus.evaluation import claims as ledger
@@ -19,16 +19,19 @@ def scorecard(
     ``records``: the evaluation of a model with its probe; one with a ``failure`` has only a name and a family.
     ``datasets``: what the judge stage found of each. Verdicts and advice are given for each data set by itself.
     """
-    rows = properties.table(records)
+    kinds = {dataset: known.get("kind", "image") for dataset, known in datasets.items()}
+    rows = [row for row in properties.table(records) if not kinds or set(row["kinds"]) & set(kinds.values())]
     verdicts, advice = [], []
-    for dataset in datasets:
+    for dataset, kind in kinds.items():
         members = {name: record for name, record in records.items() if record["dataset"] == dataset}
-        own = [row | {"cells": {name: row["cells"][name] for name in members}} for row in rows]
+        own = [row | {"cells": {name: row["cells"][name] for name in members}} for row in rows if kind in row["kinds"]]
         families = {name: record["family"] for name, record in members.items() if not record.get("failure")}
         failed = {name: record["family"] for name, record in members.items() if record.get("failure")}
-        for verdict in ledger.judge(claims, families, {row["key"]: row["cells"] for row in own}, failed):
+        cells = {row["key"]: row["cells"] for row in own}
+        asked = [claim for claim in claims if kind != "text" or _speaks_of(claim, cells, {**families, **failed})]
+        for verdict in ledger.judge(asked, families, cells, failed):
             verdicts.append({"dataset": dataset} | verdict)
-        advice += [{"dataset": dataset} | need for need in properties.advice(own)]
+        advice += [{"dataset": dataset} | need for need in properties.advice(own, kind)]
     for row in rows:
         row["claims"] = sorted({v["id"] for v in verdicts if row["key"] in v["measures"]})
     return {
@@ -40,6 +43,12 @@ def scorecard(
         "advice": advice,
         "tradeoff": tradeoff(records),
     }
+
+
+def _speaks_of(claim: ledger.Claim, measures: Collection[str], families: Mapping[str, str]) -> bool:
+    """Whether a claim is about one of these models, by measures that there are: most are about images."""
+    about = any(ledger.within(family, claim.families) for family in families.values())
+    return about and all(condition.measure in measures for condition in claim.all)
 
 
 def tradeoff(records: Mapping[str, Record]) -> list[dict[str, Any]]:

@@ -7,7 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-FIRST = ("bits_per_dim", "frechet_distance", "coverage", "memorisation")  # of the test figures
+FIRST = (
+    *("bits_per_dim", "frechet_distance", "coverage"),
+    *("bits_per_char", "word_perplexity", "ngram_bits", "distinct_2", "copied_span"),
+    "memorisation",
+)  # of the test figures
 
 KINDS = {
     "exact": "the log-probability itself",
@@ -37,7 +41,9 @@ def _sections(about: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[li
     yield ["## On the test split", ""]
     if figures:
         heading = ("figure", "value", "95% interval", "kind", "n", "floor")
-        note = "`floor` is what as many real images score. Unlike kinds of bits/dim are not the same quantity."
+        what = "documents" if _is_text(about) else "images"
+        unit = "bits/char" if _is_text(about) else "bits/dim"
+        note = f"`floor` is what as many real {what} score. Unlike kinds of {unit} are not the same quantity."
         yield [*_table(figures, heading), "", note, ""]
     else:
         yield ["Not measured.", ""]
@@ -54,6 +60,8 @@ def _summary(about: Mapping[str, Any]) -> str:
     shape = " × ".join(map(str, about["spec"]["shape"]))
     levels = about["spec"]["levels"]
     what = f"{shape} values of {levels} levels" if levels else f"{shape} numbers"
+    if _is_text(about):
+        what = f"text of {len(about['spec']['alphabet'])} different symbols, a document at a time"
     return f"A generative model of `{about['dataset']}` ({what}). Family `{about['family']}`: {paper or 'no paper'}."
 
 
@@ -74,7 +82,8 @@ def _training(
     for key in ("steps", "seed", "budget", "parameters"):
         if key in about:
             yield key, f"{about[key]:,}"
-    for key, unit in (("train_seconds", "s"), ("train_images_per_s", "images/s"), ("peak_memory_mb", "MB")):
+    units = {"train_images_per_s": "images/s", "train_tokens_per_s": "characters/s", "peak_memory_mb": "MB"}
+    for key, unit in {"train_seconds": "s", **units}.items():
         value = timing.get(key, record.get(key))
         if isinstance(value, int | float):
             yield key.replace("_", " "), f"{value:,.4g} {unit}"
@@ -107,22 +116,22 @@ def _properties(name: str, rows: list[Mapping[str, Any]]) -> Iterator[tuple[str,
 
 
 def _use(about: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
-    name = about["name"]
+    name, what = about["name"], "texts" if _is_text(about) else "images"
     given = "".join(f', "{knob}": {json.dumps(value)}' for knob, value in knobs.items()).lstrip(", ")
     takes = ", ".join(f"`{knob}` (default {value!r})" for knob, value in knobs.items())
     params = f', "params": {{{given}}}' if given else ""
     keywords = f", params={{{given}}}" if given else ""
     return [
-        "One row of input is one sample: the same `seed`, the same image, whatever else is asked for with it (on the",
-        f"same type of processor). {f'Parameters: {takes}; others' if takes else 'Parameters'} are refused.",
+        f"One row of input is one sample: the same `seed`, the same {what[:-1]}, whatever else is asked for with it",
+        f"(on the same type of processor). {f'Parameters: {takes}; others' if takes else 'Parameters'} are refused.",
         "",
         "```python",
         "import mlflow, pandas  # MLFLOW_TRACKING_URI says where the registry is",
         f'model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or the path of this folder',
-        f'images = model.predict(pandas.DataFrame({{"seed": range(16)}}){keywords})',
+        f'{what} = model.predict(pandas.DataFrame({{"seed": range(16)}}){keywords})',
         "",
         "import genus  # where Genus is installed: verifies every file before it is used",
-        f'images = genus.load("{name}@champion").sample(range(16))',
+        f'{what} = genus.load("{name}@champion").sample(range(16))',
         "```",
         "",
         "```sh",
@@ -134,23 +143,25 @@ def _use(about: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
 
 
 def _limits(about: Mapping[str, Any], metrics: Mapping[str, Any], density: str | None) -> list[str]:
+    stored = "as text" if _is_text(about) else f"as stored, {' × '.join(map(str, about['spec']['shape']))}"
     lines = [
-        f"- It knows `{about['dataset']}` as stored, {' × '.join(map(str, about['spec']['shape']))}, and nothing else, "
+        f"- It knows `{about['dataset']}` {stored}, and nothing else, "
         "with that data's faults and gaps. It is a small model, made to be compared: not for decisions about people.",
     ]
-    kind = str((metrics.get("bits_per_dim") or {}).get("kind") or density or "none")
+    figure = metrics.get("bits_per_dim") or metrics.get("bits_per_char") or {}
+    kind = str(figure.get("kind") or density or "none")
+    one, be = ("text", "be") if _is_text(about) else ("image", "look")
     meaning = KINDS.get(kind.split("-")[0])
     if meaning:
-        lines.append(f"- Its likelihood is of the kind `{kind}`: {meaning}. A likely image need not look good.")
+        lines.append(f"- Its likelihood is of the kind `{kind}`: {meaning}. A likely {one} need not {be} good.")
     else:
         lines.append("- It has no likelihood: it can sample, not score.")
     copied = metrics.get("memorisation") or {}
     measured = ""
+    nearer = "with a longer span of the training text" if _is_text(about) else "nearer to a training image"
     if _number(copied.get("value")):
         verdict = "flagged" if copied.get("flagged") else "not flagged"
-        measured = (
-            f" Share of samples nearer to a training image than chance has it: {copied['value']:.3g} ({verdict})."
-        )
+        measured = f" Share of samples {nearer} than chance has it: {copied['value']:.3g} ({verdict})."
     lines.append(f"- Nothing filters out samples that repeat a training example.{measured}")
     return lines
 
@@ -158,6 +169,10 @@ def _limits(about: Mapping[str, Any], metrics: Mapping[str, Any], density: str |
 def _licence(data: Mapping[str, Any]) -> list[str]:
     given = data.get("licence")
     return ["Code and weights: MIT. Data: " + (f"{given}." if given else "see the data's source.")]
+
+
+def _is_text(about: Mapping[str, Any]) -> bool:
+    return bool(about["spec"].get("alphabet"))
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -181,16 +181,23 @@ def _fitting(folder: Path, about: dict[str, Any]) -> Family:
 
 
 def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
-    """Input: a seed a row, and a label where the model takes one. Params: the knobs, with their defaults."""
+    """Input: a seed a row, a label or a prompt where the model takes one. Params: the knobs, with their defaults."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    dtype = np.dtype(np.uint8 if about["spec"]["levels"] else np.float32)
+    columns: list[ColSpec | TensorSpec] = [ColSpec("long", "seed"), ColSpec("long", "label", required=False)]
+    if "prompt" in knobs:
+        columns.append(ColSpec("string", "prompt", required=False))
     params = [ParamSpec(name, _kind(value), value) for name, value in knobs.items()]
+    if about["spec"].get("alphabet"):
+        outputs = Schema([ColSpec("string")])
+    else:
+        dtype = np.dtype(np.uint8 if about["spec"]["levels"] else np.float32)
+        outputs = Schema([TensorSpec(dtype, (-1, *about["spec"]["shape"]))])
     return ModelSignature(
-        inputs=Schema([ColSpec("long", "seed"), ColSpec("long", "label", required=False)]),
-        outputs=Schema([TensorSpec(dtype, (-1, *about["spec"]["shape"]))]),
+        inputs=Schema(columns),
+        outputs=outputs,
         params=ParamSchema(params) if params else None,  # type: ignore[arg-type]
     )
 

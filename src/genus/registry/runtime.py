@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 100  # images scored at once
+CHUNK = 100  # examples scored at once
+TOKENS = 1 << 16  # of documents scored at once, what fills up the shorter ones included
+REPLACEMENT = "\ufffd"  # what stands for symbols that are rare in the training text
 _single = threading.Lock()  # OpenMP's number of threads is a thread's own, but MKL's is one for the whole process
 
 
@@ -85,26 +87,33 @@ class Runtime:
         """How many labels it can be asked for; 0 where it takes none."""
         return int(getattr(self.model, "labels", 0))
 
+    @property
+    def text(self) -> bool:
+        """Whether it draws and scores documents, not arrays of numbers."""
+        return bool(getattr(self.spec, "alphabet", ""))
+
     def sample(self, seeds: Sequence[int], labels: Sequence[int] | None = None, **knobs: Any) -> np.ndarray:
         """The samples that belong to ``seeds``, as stored values: [rows, *shape], uint8 for images, else float32.
 
-        A seed, its label and the knobs make a sample, whatever else is asked for with it. Raises ValueError, in one
-        line, for a knob or a label that the model does not take, and FloatingPointError for a sample that is not
-        finite.
+        Of text, documents: [rows] str objects, whose ``prompt`` may be one for all or a sequence with one for each. A
+        seed, its label and the knobs make a sample, whatever else is asked for with it. Raises ValueError, in one line,
+        for a knob or a label that the model does not take, and FloatingPointError for a sample that is not finite.
         """
         import torch
 
         seeds = [_whole(seed, "a seed") for seed in seeds]
         wanted = self._labels(labels, len(seeds))
+        prompts = self._prompts(knobs.pop("prompt", None), len(seeds)) if self.text else None
         draw = partial(self.model.sample, 1, **self.check(knobs))
-        rows = np.zeros((len(seeds), *self.spec.shape), self._dtype)
+        rows = np.empty(len(seeds), object) if self.text else np.zeros((len(seeds), *self.spec.shape), self._dtype)
         with _one_thread():
             for row, seed in enumerate(seeds):  # one by one: sums, and so bytes, depend on the batch
                 cond = None if wanted is None else torch.tensor([wanted[row]])
-                x = draw(generator=torch.Generator().manual_seed(seed), cond=cond).float()
+                more = {} if prompts is None else {"prompt": prompts[row]}
+                x = draw(generator=torch.Generator().manual_seed(seed), cond=cond, **more)
                 if not x.isfinite().all():
                     raise FloatingPointError(f"{self.name}: the sample of seed {seed} is not finite")
-                rows[row] = self.spec.to_stored(x)[0].numpy()
+                rows[row] = self.spec.text(x[0].tolist()) if self.text else self.spec.to_stored(x.float())[0].numpy()
         return rows
 
     def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,9 +128,13 @@ class Runtime:
         return checked
 
     def log_prob(
-        self, images: np.ndarray, seed: int = 0, report: Callable[[int, int], None] | None = None
+        self,
+        images: np.ndarray | Sequence[str],
+        seed: int = 0,
+        report: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Log-probability of stored examples [N, *shape]: [N] nats, of the kind that ``kind`` says.
+        """Log-probability of stored examples [N, *shape], or of documents, a str each: [N] nats, of the kind that
+        ``kind`` says.
 
         Where it is estimated from noise, ``seed`` draws the noise. ``report`` is called with how many of how many are
         done. Raises ValueError, in one line, for what can't be scored.
@@ -130,6 +143,8 @@ class Runtime:
 
         if self.kind == "none":
             raise ValueError(f"{self.name} has no likelihood: it can sample, not score")
+        if self.text:
+            return self._of_documents(images, seed, report)  # type: ignore[arg-type]
         images = np.asarray(images)
         self._check_images(images)
         nats, generator = np.zeros(len(images), np.float64), torch.Generator().manual_seed(seed)
@@ -141,6 +156,51 @@ class Runtime:
             if report:
                 report(start + len(x), len(images))
         return nats
+
+    def _of_documents(
+        self, documents: Sequence[str], seed: int, report: Callable[[int, int], None] | None
+    ) -> np.ndarray:
+        import torch
+
+        rows = self.tokens(documents)
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))  # alike in length: little is padding
+        nats, generator, done = np.zeros(len(rows), np.float64), torch.Generator().manual_seed(seed), 0
+        while done < len(rows):
+            chosen = order[done : done + CHUNK]
+            chosen = chosen[: max(1, TOKENS // len(rows[chosen[-1]]))]
+            x = torch.zeros(len(chosen), len(rows[chosen[-1]]), dtype=torch.int64)
+            for line, place in zip(x, chosen, strict=True):
+                line[: len(rows[place])] = torch.tensor(rows[place])
+            with _one_thread():
+                nats[chosen] = self.model.log_prob(self._batch(x), generator=generator).numpy()
+            done += len(chosen)
+            if report:
+                report(done, len(rows))
+        return nats
+
+    def tokens(self, documents: Sequence[str]) -> list[list[int]]:
+        """The tokens of documents, each with its end.
+
+        A symbol that is not in the alphabet is the replacement character where that one is; else raises ValueError, in
+        one line.
+        """
+        if isinstance(documents, str):
+            raise ValueError(f"{self.name} scores documents, a list of them: not one text")
+        spec, rows = self.spec, []
+        for number, text in enumerate(documents):
+            if not isinstance(text, str):
+                raise ValueError(f"{self.name} scores documents: number {number} is no text but {text!r}")
+            if REPLACEMENT in spec.alphabet:
+                text = "".join(symbol if symbol in spec.alphabet else REPLACEMENT for symbol in text)
+            try:
+                rows.append([*spec.tokens(text), 0])
+            except ValueError as error:
+                raise ValueError(f"document {number}: {error}") from error
+        return rows
+
+    def bits_per_char(self, nats: np.ndarray, documents: Sequence[str]) -> np.ndarray:
+        """Nats of documents as the bits that one of their characters costs, each document's end being a character."""
+        return -nats / (math.log(2) * np.array([len(text) + 1 for text in documents]))
 
     def bits_per_dim(self, nats: np.ndarray) -> np.ndarray:
         """Nats of examples as the bits that one of their numbers costs."""
@@ -165,6 +225,15 @@ class Runtime:
             if not 0 <= label < count:
                 raise ValueError(f"{self.name} has no label {label}: 0 to {count - 1}")
         return whole
+
+    def _prompts(self, given: str | Sequence[str] | None, rows: int) -> list[str] | None:
+        """The beginning of each document; None where the model takes none, or none is given."""
+        if given is None:
+            return None
+        prompts = [given] * rows if isinstance(given, str) else list(given)
+        if len(prompts) != rows:
+            raise ValueError(f"{len(prompts)} prompts for {rows} seeds: one each")
+        return [self.check({"prompt": prompt})["prompt"] for prompt in prompts]
 
     def _check_images(self, images: np.ndarray) -> None:
         shape, levels = self.spec.shape, self.spec.levels

@@ -34,26 +34,33 @@ class Sampler(PythonModel):
         self.runtime = runtime.Runtime(code.parent)
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
-        """``model_input``: columns ``seed`` and ``label``, which models without labels refuse. ``params``: what the
-        family's sample() takes. Stored values [rows, *shape], uint8 for images.
+        """``model_input``: columns ``seed``; ``label``, which models without labels refuse; ``prompt``, which a model
+        of text begins with. ``params``: what the family's sample() takes. Stored values [rows, *shape], uint8 for
+        images; of text a string a row.
         """
+        knobs = dict(params or {})
         try:
-            return self.runtime.sample(model_input["seed"], model_input.get("label"), **(params or {}))
+            if "prompt" in model_input:  # where a row has none, the one for all
+                usual = knobs.get("prompt", self.runtime.knobs.get("prompt", ""))
+                knobs["prompt"] = [usual if pd.isna(prompt) else prompt for prompt in model_input["prompt"]]
+            return self.runtime.sample(model_input["seed"], model_input.get("label"), **knobs)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def check(self, data, params):
         """``data`` as it may go on. Raises MlflowException for params and columns that MLflow would drop in silence."""
         columns = set(data.columns) if isinstance(data, pd.DataFrame) else set(data) if isinstance(data, dict) else ()
-        unknown = sorted(str(name) for name in columns if name not in ("seed", "label"))
+        known = ("seed", "label", "prompt") if "prompt" in self.runtime.knobs else ("seed", "label")
+        unknown = sorted(str(name) for name in columns if name not in known)
         if unknown:
-            raise MlflowException.invalid_parameter_value(f"no column '{unknown[0]}' is known: seed, label")
+            raise MlflowException.invalid_parameter_value(f"no column '{unknown[0]}' is known: {', '.join(known)}")
         try:
             self.runtime.check(params or {})
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        if isinstance(data, pd.DataFrame) and "label" in data and data["label"].isna().all():
-            return data.drop(columns="label")  # so Spark sends an optional column that it was not given
+        for name in ("label", "prompt"):
+            if isinstance(data, pd.DataFrame) and name in data and data[name].isna().all():
+                data = data.drop(columns=name)  # so Spark sends an optional column that it was not given
         return data
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genus import config
 from genus.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from genus.data.loaders import Dataset
+
+TOLD = ("kid", "coverage", "ngram_bits", "distinct_2", "memorisation")  # of each set, on the terminal
 
 
 def run(name: str) -> None:
@@ -13,17 +19,27 @@ def run(name: str) -> None:
     params = config.load()
     params.dataset(name)
 
-    from PIL import Image
-
     from genus.data.loaders import open_dataset
-    from genus.evaluation.controls import anchors, controls
-    from genus.evaluation.reference import open_reference
-    from genus.pictures import grid
     from genus.training import set_up
 
     set_up(params.threads, params.seed)
     data = open_dataset(name)
-    found, sets = controls(data, open_reference(data, Path("data/judge") / name), seed=params.seed)
+    found = (_text if data.spec.kind == "text" else _images)(data, name, params.seed)
+    for key, row in found.items():
+        metrics = row["metrics"]
+        told = (f"{metric} {metrics[metric]['value']:.3g}" for metric in TOLD if metric in metrics)
+        print(f"{key}: {', '.join(told)}")
+
+
+def _images(data: Dataset, name: str, seed: int) -> dict:
+    """Scores as JSON, and pictures of every set and of real images."""
+    from PIL import Image
+
+    from genus.evaluation.controls import anchors, controls
+    from genus.evaluation.reference import open_reference
+    from genus.pictures import grid
+
+    found, sets = controls(data, open_reference(data, Path("data/judge") / name), seed=seed)
     with replacing(Path("reports/controls") / name) as folder:
         folder.mkdir()
         write_json(folder / "controls.json", {"anchors": anchors(data), "controls": found})
@@ -32,6 +48,18 @@ def run(name: str) -> None:
             *((f"{key}.png", images[:10], 10) for key, images in sets.items()),
         ):
             Image.fromarray(grid(images, levels=data.spec.levels, columns=columns)).save(folder / file, format="PNG")
-    for key, row in found.items():
-        told = (f"{name} {row['metrics'][name]['value']:.3g}" for name in ("kid", "coverage", "memorisation"))
-        print(f"{key}: {', '.join(told)}")
+    return found
+
+
+def _text(data: Dataset, name: str, seed: int) -> dict:
+    """Scores and the first documents of every set, as JSON."""
+    from genus.evaluation.text.controls import anchors, controls
+    from genus.evaluation.text.reference import open_reference
+
+    reference = open_reference(data, Path("data/judge") / name)
+    found, real = controls(data, reference, seed=seed)
+    with replacing(Path("reports/controls") / name) as folder:
+        folder.mkdir()
+        known = {"anchors": anchors(data, reference), "controls": found, "texts": real}
+        write_json(folder / "controls.json", known)
+    return found

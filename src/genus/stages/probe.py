@@ -19,6 +19,7 @@ def run(name: str) -> None:
 
     from PIL import Image
 
+    from genus.contract import family_class
     from genus.data.loaders import open_dataset
     from genus.evaluation import constraints, two_d
     from genus.evaluation.probe import Prober, setting, summarise
@@ -29,10 +30,12 @@ def run(name: str) -> None:
     device = pick_device(params.device)
     set_up(params.threads, params.seed)
     data = open_dataset(chosen.dataset)
-    reference = open_reference(data, Path("data/judge") / chosen.dataset)
+    judge = None
+    if data.spec.kind != "text":
+        judge = open_reference(data, Path("data/judge") / chosen.dataset).judge.to(device)
     seconds: dict[str, float] = {}
 
-    prober = Prober(chosen, data, reference.judge.to(device), seed=params.seed, device=device)
+    prober = Prober(chosen, data, judge, seed=params.seed, device=device)
     prober.run()
     seconds["probe_jobs_seconds"] = time.monotonic() - started
 
@@ -56,7 +59,7 @@ def run(name: str) -> None:
 
     with replacing(Path("reports/probes") / chosen.collection / name) as folder:
         folder.mkdir(parents=True)
-        for shape in chosen.probe.two_d:
+        for shape in chosen.probe.two_d if "vector" in family_class(chosen.family).kinds else ():
             try:
                 fitted = two_d.fit(chosen.family, {}, shape, seed=params.seed, device=device)
             except (NonFiniteLoss, ValueError) as failure:  # it diverged, or it does not take two numbers

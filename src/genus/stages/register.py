@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 NEEDS = {  # row of the scorecard that answers a need: alias of the data set's registered model
     "density.bits_per_dim": "best-density",
+    "density.bits_per_char": "best-density",
     "capacity.frechet_distance": "best-quality",
+    "capacity.ngram_gap": "best-quality",
     "speed.sample_ms_64": "fastest",
     "stability.spread": "most-stable",
 }
@@ -81,6 +83,7 @@ def reconcile(models: list[str], collections: Iterable[str] = ()) -> dict[str, A
                 _evaluation(client, found, metrics[name], timing[name])
                 if name in reports:
                     _attach(client, found, reports[name], shown[name])
+                _attach_texts(client, found, _texts_of(params, name))
                 facts = _facts(params, name) | {"metrics": metrics[name], "timing": timing[name]}
                 numbers[name] = ensure(client, Path("models") / name, found, figures[name], knobs[name], facts)
                 progress.report(done, len(models), unit="model")
@@ -153,6 +156,20 @@ def _attach(client: MlflowClient, run: StoredRun, report: Path, content: str) ->
         client.log_artifact(run.info.run_id, str(report), "report")
         where = f"Compared with the others in **Artifacts / report / {report.name}** (`genus report` opens the newest)."
         tracking.add(client, run, {}, {"mlflow.note.content": where, "genus.report_sha256": content})
+
+
+def _texts_of(params: config.Params, name: str) -> Path:
+    """The samples of a model of text, to be read; others have no such file."""
+    return Path("reports/pictures") / params.model(name).collection / name / "samples.txt"
+
+
+def _attach_texts(client: MlflowClient, run: StoredRun, path: Path) -> None:
+    """Puts samples among the run's artifacts, unless these are there already."""
+    from genus import tracking
+
+    if path.exists() and run.data.tags.get("genus.samples_sha256") != (content := sha256(path)):
+        client.log_artifact(run.info.run_id, str(path), "samples")
+        tracking.add(client, run, {}, {"genus.samples_sha256": content})
 
 
 def _hash(value: Any) -> str:

@@ -54,16 +54,22 @@ def _table(points: list[dict[str, Any]]) -> str:
 
 def _dataset(name: str) -> dict[str, Any]:
     """What is known of a data set itself: sizes, judge, coders and control sets."""
-    from genus.evaluation.controls import TITLES
-
+    described = read_json(Path("data/processed") / name / "dataset.json")
     judge = read_json(Path("data/judge") / name / "judge.json")
     known = read_json(Path("reports/controls") / name / "controls.json")
+    text = described["kind"] == "text"
+    if text:
+        from genus.evaluation.text.controls import TITLES
+    else:
+        from genus.evaluation.controls import TITLES
+    figures = ("order", "grams", "bits_per_char", "span") if text else ("accuracy", "control", "floor")
     return {
-        "counts": read_json(Path("data/processed") / name / "dataset.json")["counts"],
-        "judge": {key: judge[key] for key in ("accuracy", "control", "floor")},
+        "kind": described["kind"],
+        "counts": described["counts"],
+        "judge": {key: judge[key] for key in figures},
         "anchors": known["anchors"],
         "controls": {row: known["controls"][row] for row in TITLES if row in known["controls"]},  # best first
-    }
+    } | ({"texts": known["texts"], "alphabet": described["spec"]["alphabet"]} if text else {})
 
 
 def _record(name: str, model: config.Model) -> dict[str, Any]:

@@ -34,7 +34,8 @@ COUNTED = 4  # in the batch whose computations are counted
 BATCH = 100  # samples drawn, and examples scored, at once: bytes depend on it
 TIMED, REPEATS, PATIENCE = 32, 5, 3.0  # samples in a timed batch, how often, and seconds after which no more
 RESAMPLED = 100  # Fréchet distances
-COPIES = 1000  # most samples whose nearest training image is looked for
+COPIES = 1000  # most samples whose nearest training image is looked for, and
+SPANS = 300  # most documents whose longest span in common with the training text is
 SEED = 0
 
 
@@ -99,11 +100,15 @@ def works(package: Path) -> Any:
         if not weights.isfinite().all():
             raise ValueError(f"its weights '{name}' are not all finite")
     drawn = _drawn(model, SEEDS)
-    dtype = np.dtype(np.uint8 if runtime.spec.levels else np.float32)
-    if drawn.shape != (len(SEEDS), *runtime.spec.shape) or drawn.dtype != dtype:
-        raise ValueError(f"its samples are {drawn.dtype} {list(drawn.shape)}, not {dtype} of {runtime.spec.shape}")
-    if not np.isfinite(drawn).all():
-        raise ValueError("its samples are not all finite")
+    if _writes(runtime):
+        if drawn.shape != (len(SEEDS),) or not all(isinstance(text, str) for text in drawn):
+            raise ValueError(f"its samples are {drawn.dtype} {list(drawn.shape)}, not a text each")
+    else:
+        dtype = np.dtype(np.uint8 if runtime.spec.levels else np.float32)
+        if drawn.shape != (len(SEEDS), *runtime.spec.shape) or drawn.dtype != dtype:
+            raise ValueError(f"its samples are {drawn.dtype} {list(drawn.shape)}, not {dtype} of {runtime.spec.shape}")
+        if not np.isfinite(drawn).all():
+            raise ValueError("its samples are not all finite")
     if theirs() != _digest(drawn):
         raise ValueError("a seed gives other bytes in another process")
     return runtime
@@ -114,6 +119,8 @@ def measured(runtime: Any, dataset: str) -> dict[str, Any]:
     from genus.data.loaders import open_dataset
 
     data = open_dataset(dataset)
+    if _writes(runtime) or data.spec.kind == "text":
+        return _text(runtime, data)
     ours, theirs = ((spec.shape, spec.levels) for spec in (runtime.spec, data.spec))
     if ours != theirs:
         raise ValueError(f"it is a model of {ours[0]} with {ours[1]} levels, the data are {theirs[0]} with {theirs[1]}")
@@ -123,6 +130,47 @@ def measured(runtime: Any, dataset: str) -> dict[str, Any]:
     if hasattr(runtime.model, "sample"):
         found |= _quality(runtime, data)
     return found
+
+
+def _text(runtime: Any, data: Any) -> dict[str, Any]:
+    """``measured`` of a model of text."""
+    from genus.evaluation.text.documents import Documents
+
+    if getattr(runtime.spec, "alphabet", "") != data.spec.alphabet:
+        raise ValueError("it is a model of another alphabet than the data have")
+    found: dict[str, Any] = {"kind": runtime.kind}
+    if runtime.kind != "none":
+        documents = Documents.stored(data, "validation", LADDER[-1]).texts(data.spec)
+        n = _affordable(lambda: runtime.log_prob(documents[:COUNTED], SEED), LIKELIHOOD_SECONDS)
+        bits = runtime.bits_per_char(runtime.log_prob(documents[:n], SEED), documents[:n])
+        if not np.isfinite(bits).all():
+            number = int(np.flatnonzero(~np.isfinite(bits))[0])
+            raise ValueError(f"its likelihood of validation document {number} is not finite")
+        found |= {"bits": bits.tolist(), "tokens": [len(text) + 1 for text in documents[:n]]}
+    if hasattr(runtime.model, "sample"):
+        found |= _text_quality(runtime, data)
+    return found
+
+
+def _text_quality(runtime: Any, data: Any) -> dict[str, Any]:
+    """Variety and copying of samples at every step of LADDER that the model's speed allows, and its speed."""
+    from genus.evaluation.text.documents import Documents
+    from genus.evaluation.text.quality import copied, distinct
+    from genus.evaluation.text.spans import longest_spans
+
+    rows, one = _sampled(runtime)
+    samples, held_out = Documents.drawn(rows), Documents.stored(data, "validation", SPANS)
+    texts, real = samples.texts(data.spec), held_out.texts(data.spec)
+    train = data.split("train")
+    spans, usual = longest_spans(samples.take(range(min(SPANS, samples.n))), train), longest_spans(held_out, train)
+    quality = {}
+    for n in (step for step in LADDER if step <= len(rows)):
+        found = copied(spans[:n], usual, None)
+        row = {"copied": found["value"], "copied_half": (found["high"] - found["low"]) / 2}
+        if pairs := distinct(texts[:n], real).get("distinct_2"):
+            row |= {"distinct": pairs["value"], "distinct_half": (pairs["high"] - pairs["low"]) / 2}
+        quality[str(n)] = row
+    return {"sample_ms": 1e3 * one, "quality": quality}
 
 
 def _bits(runtime: Any, images: np.ndarray) -> list[float]:
@@ -138,25 +186,10 @@ def _bits(runtime: Any, images: np.ndarray) -> list[float]:
 
 def _quality(runtime: Any, data: Any) -> dict[str, Any]:
     """The sample metrics at every step of LADDER that the model's speed allows, and its speed."""
-    import torch
-
     from genus.evaluation import metrics
     from genus.evaluation.reference import open_reference
-    from genus.sampling import draw
 
-    def drawn(n: int, seed: int, batch_size: int = BATCH) -> np.ndarray:
-        cpu = torch.device("cpu")
-        return draw(runtime.model, n, seed=seed, device=cpu, batch_size=batch_size, knobs=runtime.knobs, quiet=True)
-
-    n = _affordable(lambda: drawn(COUNTED, SEED), SAMPLE_SECONDS)
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and sum(seconds) < PATIENCE:
-        started = time.process_time()
-        drawn(TIMED, SEED, TIMED)
-        seconds.append(time.process_time() - started)
-    one = min(seconds) / TIMED  # the least disturbed
-    samples = drawn(n, SEED + 1)
-
+    samples, one = _sampled(runtime)
     view = open_reference(data, Path("data/judge") / data.folder.name).views["judge"]
     train, held_out = data.split("train"), data.split("validation")
     real, seen = view.extract(held_out), view.extract(samples)
@@ -181,6 +214,25 @@ def _quality(runtime: Any, data: Any) -> dict[str, Any]:
     return {"sample_ms": 1e3 * one, "quality": quality}
 
 
+def _sampled(runtime: Any) -> tuple[np.ndarray, float]:
+    """As many samples as the model's speed allows, stored, and the seconds of CPU time that one takes."""
+    import torch
+
+    from genus.sampling import draw
+
+    def drawn(n: int, seed: int, batch_size: int = BATCH) -> np.ndarray:
+        cpu = torch.device("cpu")
+        return draw(runtime.model, n, seed=seed, device=cpu, batch_size=batch_size, knobs=runtime.knobs, quiet=True)
+
+    n = _affordable(lambda: drawn(COUNTED, SEED), SAMPLE_SECONDS)
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < PATIENCE:
+        started = time.process_time()
+        drawn(TIMED, SEED, TIMED)
+        seconds.append(time.process_time() - started)
+    return drawn(n, SEED + 1), min(seconds) / TIMED  # the least disturbed
+
+
 def _affordable(few: Callable[[], object], seconds: float) -> int:
     """The highest step of LADDER that by count takes no longer, the lowest at least; ``few`` computes COUNTED."""
     from genus.evaluation.effort import Effort
@@ -189,6 +241,11 @@ def _affordable(few: Callable[[], object], seconds: float) -> int:
         few()
     each = effort.fixed / BATCH + effort.growing / COUNTED
     return max((step for step in LADDER if step * each <= seconds), default=LADDER[0])
+
+
+def _writes(runtime: Any) -> bool:
+    """Whether a package draws text; those of an older Genus do not say."""
+    return getattr(runtime, "text", False)
 
 
 def _loaded(package: Path) -> Any:
@@ -208,7 +265,8 @@ def _drawn(model: Any, seeds: tuple[int, ...]) -> np.ndarray:
 
 
 def _digest(drawn: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(drawn).tobytes()).hexdigest()
+    content = repr(drawn.tolist()).encode() if drawn.dtype == object else np.ascontiguousarray(drawn).tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _other_process(work: Callable[[], str]) -> Callable[[], str]:

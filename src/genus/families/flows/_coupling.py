@@ -194,19 +194,18 @@ class Coupling(Layer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        kept, changed = self.halves(x)
+        kept, changed = self._halves(x)
         changed, log_slope = self.bend(changed, self.network(kept))
         return self._whole(kept, changed), flat(log_slope)
 
     def inverse(self, y: Tensor) -> Tensor:
-        kept, changed = self.halves(y)
+        kept, changed = self._halves(y)
         return self._whole(kept, self.bend(changed, self.network(kept), inverse=True)[0])
 
     def initialise(self, x: Tensor) -> Tensor:
         return x  # an untrained coupling is the identity
 
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What stays and what is bent."""
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = x.chunk(2, -1)
         return (second, first) if self.flip else (first, second)
 
@@ -218,7 +217,8 @@ class Convolutions(nn.Module):
     """[B, H, W, inputs] to [B, H, W, outputs] by Glow's three layers (its section B): 3x3, 1x1, 3x3, the last of zeros.
 
     Every place has a bias: convolutions alone don't know where in a centred picture they are. With ``whole`` the
-    network also sees its input all at once, which few small convolutions don't.
+    network also sees its input all at once, which few small convolutions don't. The first layers start as PyTorch
+    draws them: scaled to unit variance by a first batch they make the first steps of a training wild.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, size: tuple[int, int], *, whole: bool):
@@ -242,16 +242,6 @@ class Convolutions(nn.Module):
             h = h + self.context(x)[:, :, None, None]
         h = F.relu(self.middle(F.relu(h, inplace=True)), inplace=True)
         return self.last(h).permute(0, 2, 3, 1).to(kept.dtype)
-
-    def initialise(self, kept: Tensor) -> None:
-        """Scales the hidden layers to give mean 0 and variance 1 a channel (Salimans & Kingma 2016, 1602.07868)."""
-        h = kept.permute(0, 3, 1, 2)
-        for layer in (self.first, self.middle):
-            h = layer(h)
-            mean, deviation = h.mean((0, 2, 3)), h.std((0, 2, 3)) + 1e-3
-            layer.weight.div_(deviation.view(-1, 1, 1, 1))
-            cast(Tensor, layer.bias).sub_(mean).div_(deviation)
-            h = ((h - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)).relu()
 
 
 class Dense(nn.Module):

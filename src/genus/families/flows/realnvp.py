@@ -84,11 +84,6 @@ class Affine(Coupling):
             return (x - shift) * (-log_scale).exp(), -log_scale
         return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
-    def initialise(self, x: Tensor) -> Tensor:
-        if isinstance(self.network, Convolutions):
-            self.network.initialise(self.halves(x)[0])
-        return x
-
 
 class Normalise(Layer):
     """y = (x + b) exp(s), a shift and scale a channel, by which the first batch gets mean 0 and variance 1."""

@@ -51,7 +51,7 @@ class Spline(CouplingFlow):
         bins: int = 6,
         tail: float = 4.0,
         affine: bool = True,
-        bound: float = 2.0,
+        bound: float = 1.0,
         least: float = 1e-2,
         turns: int = 2,
         fine: int = 32,
