@@ -31,7 +31,7 @@ from genus.nn.dequantisation import LOG_2PI
 
 TRAIN = Path(__file__).parents[1] / "data" / "processed" / "fashion-mnist" / "train.npy"
 STEPS, HIDDEN, BINS, TAIL = (4, 8), (32, 64), 6, 4.0  # Glow's defaults, and the spline flow's
-BATCH, RATE = 32, 2e-3
+BATCH, RATE, WARMUP = 32, 2e-3, 20  # steps with a rising rate
 ROUNDS, EACH = 8, 4  # of steps whose time is taken
 TARGET, WINDOW, PATIENCE = 3.8, 20, 120.0  # bits/dim, mean of so many batches, seconds at most
 
@@ -146,6 +146,8 @@ class Race:
         chosen = self.order[len(self.bits) * BATCH :][:BATCH]
         started = time.monotonic()
         loss = self.loss(torch.from_numpy(self.images[np.sort(chosen)]))
+        for slot in self.optimiser.param_groups:
+            slot["lr"] = RATE * min(1.0, (len(self.bits) + 1) / WARMUP)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()

@@ -184,12 +184,12 @@ CAPABILITIES: dict[str, type] = {
 
 def family_names() -> list[str]:
     """Every family there is, as ``params.yaml`` names them: ``flows/glow``."""
-    found = pkgutil.walk_packages(families.__path__)
-    folders = [module.name for module in found if module.ispkg]
+    root = families.__path__[0]
+    folders = [module.name for module in pkgutil.iter_modules([root]) if module.ispkg]
     return sorted(
         f"{folder}/{module.name}"
         for folder in folders
-        for module in pkgutil.iter_modules([f"{families.__path__[0]}/{folder}"])
+        for module in pkgutil.iter_modules([f"{root}/{folder}"])
         if not module.name.startswith("_")
     )
 

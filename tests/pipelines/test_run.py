@@ -86,7 +86,7 @@ def test_failed_stage_leaves_out_its_descendants_only(toy: Path, monkeypatch: py
     assert "train@digits-glow: train of digits-glow is broken on purpose (log: logs/train@digits-glow.log)" in said
     assert "evaluate@digits-vae" in ran(toy) and "evaluate@digits-glow" not in ran(toy)
     assert ran(toy)[-2:] == ["scorecard@smoke", "register@smoke"]  # a failed model has its place there
-    table = said[said.index("bits/dim") : said.index("seconds  ")]
+    table = said[said.index("Fréchet") : said.index("seconds  ")]
     assert "digits-vae " in table and "digits-glow " not in table  # no old figures beside a failed model
     # The next run goes on where this one stopped.
     monkeypatch.setenv("TOY_FAILS", "")
