@@ -143,7 +143,8 @@ def _key(about: dict[str, Any]) -> str:
     package = Path(__file__).parents[1]
     family = package / "families" / f"{about['family']}.py"
     trainer = [package / name for name in ("training.py", "parallel.py", "contract.py")]
-    for path in [*trainer, family, *sorted((package / "nn").glob("*.py"))]:
+    shared = [*family.parent.glob("_*.py"), *(package / "nn").glob("*.py")]  # private bases, and blocks for all
+    for path in [*trainer, family, *sorted(shared)]:
         code.update(path.read_bytes())
     return hashlib.sha256((json.dumps(about, sort_keys=True) + code.hexdigest()).encode()).hexdigest()[:16]
 
