@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tests.servers import prefect_server
 
 quieten()  # before any test imports the libraries that would ask somebody's server
 os.environ |= fixed_threads(1)  # and those that would take every core: as the stages do
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background: what tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # start would inherit it, and Ctrl-C could not be tried
 ROOT = Path(__file__).parents[1]
 
 

@@ -48,7 +48,7 @@ def test_whole_collection_then_nothing_then_one_model(toy: Path) -> None:
         [*stages, *(f"{kind}@digits-{model}" for kind in ("train", "evaluate", "probe") for model in ("glow", "vae"))]
     )
     assert order[:2] == ["ingest@digits", "validate@digits"] and order[-2:] == ["scorecard@smoke", "register@smoke"]
-    assert "3.142 dequantised" in said and "52.4  0.120   0.50  10,000" in said and "1 champion" in said
+    assert "3.142/dim dequantised" in said and "52.4  0.120   0.50  10,000" in said and "1 champion" in said
     assert "nothing to compare with" in said and "orchestration:" in said
     assert "best density: digits-vae, 3.1 bits/dim\n" in said
     shown = {artifact.key: str(artifact.data) for artifact in artifacts()}

@@ -181,7 +181,7 @@ class Flow(nn.Module):
         self.block = block
         self.values, self.rows, self.columns = colours * block**2, height // block, width // block
         self.inputs = inputs * self.values
-        self.upper = nn.Conv2d(self.inputs, channels, (2, 5))
+        self.upper = nn.Conv2d(self.inputs, channels, (2, 5)) if self.rows > 1 else None  # a vector has nothing above
         self.before = nn.Conv2d(self.inputs, channels, (1, 2), bias=False)
         self.place = nn.Parameter(torch.zeros(self.rows, self.columns, channels))
         self.layers = nn.ModuleList(Layer(channels, heads, above, self.rows, self.columns) for _ in range(layers))
@@ -237,7 +237,8 @@ class Flow(nn.Module):
         ``before``: the two patches before each in raster order, across the ends of rows, [B, inputs, 1, 1 + R * W].
         """
         above, before = (seen.contiguous(memory_format=torch.channels_last) for seen in (above, before))
-        return flat(self.upper(above)) + flat(self.before(before))
+        h = flat(self.before(before))
+        return h if self.upper is None else flat(self.upper(above)) + h
 
 
 def mixture(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,7 +379,7 @@ class Head(nn.Module):
         super().__init__()
         self.values = values
         self.features = nn.Linear(channels, values * width)
-        self.earlier = nn.Parameter(0.3 * torch.randn(values * width, inputs * values))
+        self.earlier = nn.Parameter(0.3 * torch.randn(values * width, inputs * values)) if values > 1 else None
         self.hidden = nn.Parameter(torch.randn(values, width, width) / math.sqrt(width))
         self.hidden_bias = nn.Parameter(torch.zeros(values, width, 1))
         self.out = nn.Parameter(0.1 * torch.randn(values, 3 * mixtures, width) / math.sqrt(width))
@@ -391,7 +392,9 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor, inputs: Tensor) -> Tensor:
         """Features [P, channels] and what is seen, [P, inputs * D], -> mixture parameters [D, 3 * mixtures, P]."""
-        hidden = self.features(features) + F.linear(inputs, self.earlier * self.mask)
+        hidden = self.features(features)
+        if self.earlier is not None:
+            hidden = hidden + F.linear(inputs, self.earlier * self.mask)
         hidden = F.relu(hidden).T.unflatten(0, (self.values, -1))  # [D, width, P]
         hidden = F.relu(torch.baddbmm(self.hidden_bias, self.hidden, hidden))
         return torch.baddbmm(self.out_bias, self.out, hidden)
