@@ -133,11 +133,13 @@ def one_round(place: Path, server: Mlflow | None, chance: random.Random, kills: 
             victims = processes(place) | ({"mlflow": [server.pid]} if server and server.pid else {})
             kinds = sorted(victims)
             kind = chance.choices(kinds, [3 if kind in ("flow", "stage") else 1 for kind in kinds])[0]
-            disturbed |= kill(chance.choice(victims[kind]), group=kind == "mlflow")
+            if kind == "mlflow" and server:
+                disturbed |= server.kill()
+                server.start()
+            else:
+                disturbed |= kill(chance.choice(victims[kind]))
             found.kills[kind] += 1
             print(f"kill {found.kills.total()}: {kind}", flush=True)
-            if kind == "mlflow" and server:
-                server.start()
             if kind == "flow":
                 break
         status = run.wait(HANGS)
@@ -171,6 +173,9 @@ def verify(place: Path, server: Mlflow | None, wanted: dict[str, str], found: Fo
     for path in wanted.keys() & there.keys():
         if wanted[path] != there[path] and not path.startswith(TIMED):
             found.mismatches.append(f"{place.name}: {path} differs")
+    if server:
+        server.start()
+        server.answers()
     again = Running(place, server.environment if server else {})
     if again.wait(HANGS) or "nothing has changed" not in again.output():
         found.other.append(f"{place.name}: a further run finds something to do\n{again.output()}")
@@ -290,7 +295,7 @@ class Mlflow:
             server.answers()
             yield server
         finally:
-            kill(server.pid, group=True)
+            server.kill()
 
     @property
     def pid(self) -> int:
@@ -313,6 +318,15 @@ class Mlflow:
                 start_new_session=True,
             )
 
+    def kill(self) -> bool:
+        """SIGKILL to it and its workers, and waits until it has ended; whether it ran."""
+        if not self.pid:  # killpg(0) would be our own group
+            return False
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        return True
+
     def answers(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while True:
@@ -325,10 +339,10 @@ class Mlflow:
                 time.sleep(0.2)
 
 
-def kill(pid: int, group: bool = False) -> bool:
+def kill(pid: int) -> bool:
     """SIGKILL; whether there was somebody to kill."""
     with contextlib.suppress(ProcessLookupError):
-        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         return True
     return False
 
