@@ -35,7 +35,8 @@ soak: .venv/stamp         # kill -9 at random moments, 50 times and more: nothin
 	@$(BIN)/python -m tests.survive.soak $(ARGS)
 
 clean:                    # what a run can make again; data/raw, the DVC cache, the tracking store and what waits for it stay
-	rm -rf logs models/*/ reports data/processed data/origin data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+	rm -rf logs reports data/processed data/origin data/judge data/quarantine .pytest_cache .mypy_cache .ruff_cache
+	find models -mindepth 1 -maxdepth 1 ! -name none -exec rm -rf {} +
 	@test ! -d .genus || find .genus -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +
 
 # A half-made environment has no stamp and is made anew.

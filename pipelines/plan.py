@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from genus.config import Params
+from genus.config import NONE, Model, Params
 from genus.errors import UserError, nearest
 
 # Seconds a stage of each kind is expected to take until it has run here once: only the order depends on them.
@@ -134,7 +135,14 @@ def _ask_dvc(targets: list[str]) -> tuple[dict[str, list[str]], Iterable[str]]:
     except LockError as error:
         raise UserError("another DVC command is going on in this folder: try again when it is done") from error
     except DvcException as error:
-        raise UserError(f"dvc.yaml: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        absent = re.search(r"'stages\.(\w+@([\w.-]+))\..*Could not find 'item\.(\w+)'", said)
+        if absent and absent[3] in Model.model_fields:
+            line = (
+                f"params.yaml: models.{absent[2]}.{absent[3]} is missing and {absent[1]} depends on it: write it down"
+            )
+            raise UserError(line + (f", {NONE} where there is none" if absent[3] == "parent" else "")) from error
+        raise UserError(f"dvc.yaml: {said}") from error
     ordered: dict[str, list[str]] = {}
 
     def visit(stage: str) -> None:

@@ -181,7 +181,8 @@ def _check_models(params: config.Params, stages: Collection[str]) -> None:
 
         for name in names:
             try:
-                check_params(params.models[name].family, params.models[name].params)
+                model = params.models[name]
+                check_params(model.family, model.params, model.parent != config.NONE)
             except UserError as error:
                 raise UserError(f"params.yaml: models.{name}: {error}") from error
 

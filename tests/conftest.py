@@ -69,6 +69,7 @@ def new_project(folder: Path) -> None:
     for name in ("dvc.yaml", "params.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     (folder / ".dvc").mkdir()
+    shutil.copytree(ROOT / "models" / "none", folder / "models" / "none")
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     # Only for DVC to hash; what runs is the installed package.
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))

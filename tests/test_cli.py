@@ -90,7 +90,7 @@ def test_wrong_family_or_parameter_stops_before_anything_starts(
     genus: Call, project: Path, family: str, params: str, line: str
 ) -> None:
     head = (project / "params.yaml").read_text().partition("\nmodels:")[0]
-    model = f"{{family: {family}, dataset: digits, collection: smoke, params: {params}, evaluate: {{}}, "
+    model = f"{{family: {family}, dataset: digits, collection: smoke, parent: none, params: {params}, evaluate: {{}}, "
     model += "train: {steps: 1, batch_size: 2}}"
     (project / "params.yaml").write_text(f"{head}\nmodels:\n  digits-mine: {model}\n")
     done = genus("run", "--models", "digits-mine")

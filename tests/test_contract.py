@@ -26,6 +26,7 @@ from genus.contract import (
 from genus.data.spec import DataSpec
 from genus.errors import UserError
 from genus.training import train
+from tests.registry import workspace
 
 SPECS = {
     "image": DataSpec((1, 8, 8), 17, tuple("0123456789")),
@@ -36,13 +37,10 @@ SPECS = {
 
 def small(family: str) -> Family:
     """The family as the smoke models of params.yaml have it, small enough for a test, for the first kind it takes."""
-    from genus.config import load
-
-    sections = [model for model in load("params.yaml").models.values() if model.collection == "smoke"]
-    params = next((section.params for section in sections if section.family == family), {})
     spec = next(spec for kind, spec in SPECS.items() if kind in family_class(family).kinds)
+    described = workspace.small(family)
     torch.manual_seed(0)
-    return build(family, spec, params)
+    return build(family, spec, described["params"], described["parent"])
 
 
 def examples(spec: DataSpec, n: int = 4, seed: int = 0) -> Batch:
@@ -86,7 +84,7 @@ def test_names_its_paper_and_a_capability(family: str) -> None:
 def test_every_parameter_gets_a_gradient(family: str) -> None:
     model = started(family)
     seen: set[str] = set()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     grouped = [parameter for group in model.groups().values() for parameter in group]
     assert len(grouped) == len({id(parameter) for parameter in grouped}) == len(names), "each is in exactly one group"
     for step in range(4):  # a zero-initialised last layer hides the layers before it until it has moved

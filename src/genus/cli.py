@@ -94,7 +94,7 @@ def models_() -> None:
         families.add_column(heading, overflow="fold")
     for name in contract.family_names():
         # Asked of a model, not of its class: the size of a code, say, is only known once it is built.
-        built = contract.build(name, specs[contract.family_class(name).kinds[0]], {})
+        built = contract.example(name, specs[contract.family_class(name).kinds[0]], {})
         can = [label for label, needs in contract.CAPABILITIES.items() if isinstance(built, needs)]
         density = getattr(built, "density", "")
         families.add_row(name, built.paper, ", ".join(can) + (f" (density: {density})" if density else ""))

@@ -12,6 +12,7 @@ from genus.errors import UserError, nearest
 from genus.files import read_yaml
 
 Scalar = str | int | float | bool
+NONE = "none"  # the parent of a model that has none
 
 
 def fixed_threads(threads: int) -> dict[str, str]:
@@ -61,7 +62,7 @@ class Train(Section):
     learning_rate: float | dict[str, float] = 1e-3  # one for all groups, or one a group
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)  # YAML has lists, no tuples
     weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.02, ge=0, le=1)  # share of the steps with a rising learning rate
+    warmup: float = Field(0.02, ge=0)  # steps with a rising learning rate; below 1: as a share of all
     final_lr: float = Field(0.02, ge=0, le=1)  # the cosine's end, as a share of the learning rate
     clip: float = Field(0.0, ge=0)  # largest gradient norm of a group; 0: no clipping
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights, which are the ones kept; 0: none
@@ -104,6 +105,7 @@ class Model(Section):
     family: str  # a file of genus/families, as folder/file
     dataset: str
     collection: str  # the named collection it is part of; `all` is every model
+    parent: str = NONE  # the model that it learns from, where its family does
     params: dict[str, Any] = {}  # keyword arguments of the family
     train: Train
     evaluate: Evaluate = Evaluate()
@@ -136,6 +138,13 @@ class Params(Section):
             raise UserError(f"unknown model '{name}': {nearest(name, self.models)}")
         return self.models[name]
 
+    def described(self, name: str) -> dict[str, Any] | None:
+        """A model's family, parameters and parent, the same of that one; None where ``name`` is that of no parent."""
+        if name == NONE:
+            return None
+        model = self.model(name)
+        return {"family": model.family, "params": model.params, "parent": self.described(model.parent)}
+
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets:
             raise UserError(f"unknown data set '{name}': {nearest(name, self.datasets)}")
@@ -161,10 +170,26 @@ def load(path: str | os.PathLike[str] = "params.yaml") -> Params:
             raise UserError(f"{path}: models.{name}.dataset: {model.dataset}: {hint}")
         if not name.startswith(f"{model.dataset}-"):
             raise UserError(f"{path}: models.{name}: a model's name must start with its data set: {model.dataset}-…")
+        _check_parent(params, name, path)
         if model.collection not in params.collections:
             hint = nearest(model.collection, params.collections)
             raise UserError(f"{path}: models.{name}.collection: {model.collection}: {hint}")
     return params
+
+
+def _check_parent(params: Params, name: str, path: str | os.PathLike[str]) -> None:
+    """Raises UserError where a model's parent is none, learns other data, or is in the end the model itself."""
+    line, parent = [name], params.models[name].parent
+    while parent != NONE:
+        where = f"{path}: models.{line[-1]}.parent: {parent}"
+        if parent not in params.models:
+            raise UserError(f"{where}: {nearest(parent, [*params.models, NONE])}")
+        if params.models[parent].dataset != params.models[name].dataset:
+            raise UserError(f"{where} learns data set '{params.models[parent].dataset}': a parent must learn the same")
+        if parent in line:
+            raise UserError(f"{where}: a model cannot be its own parent")
+        line.append(parent)
+        parent = params.models[parent].parent
 
 
 def section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
@@ -42,10 +42,21 @@ class Family(nn.Module):
     paper: ClassVar[str] = ""  # "Author & Author year, arXiv number"
     widths: ClassVar[tuple[str, ...]] = ()  # the parameters that scale its capacity
     kinds: ClassVar[tuple[str, ...]] = ("image", "vector")  # of data that it takes, as DataSpec.kind names them
+    # What its parent must be able to do, a protocol below, where it learns from another model: that one is given to
+    # __init__ as ``parent``, frozen, and becomes part of it (self.parent), so that its package needs no other.
+    inherits: ClassVar[type | None] = None
 
     def __init__(self, spec: DataSpec):
         super().__init__()
         self.spec = spec
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; a parent stays as it is when it draws."""
+        super().train(mode)
+        for part in self.children():
+            if isinstance(part, Family):
+                part.eval()
+        return self
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
         """Batch mean, nats per example unless the class says otherwise (text: nats per token)."""
@@ -59,8 +70,8 @@ class Family(nn.Module):
         yield "model", self.loss(batch, generator=generator)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by group, each with its own optimiser. Every parameter is in exactly one group."""
-        return {"model": list(self.parameters())}
+        """Parameters by group, each with its own optimiser. Every one that is trained is in exactly one group."""
+        return {"model": [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
 
 @runtime_checkable
@@ -124,6 +135,22 @@ class Denoises(Protocol):
 
 
 @runtime_checkable
+class Quantises(Protocol):
+    """Has a code of tokens for every example: grids of them, the coarsest first."""
+
+    grids: list[tuple[int, int]]  # rows and columns of each
+    entries: int  # tokens are 0 … entries - 1
+
+    def quantise(self, x: Tensor) -> list[Tensor]:
+        """[B, *shape] in the units of DataSpec to int64 [B, rows, columns] a grid."""
+        ...
+
+    def dequantise(self, tokens: list[Tensor]) -> Tensor:
+        """Tokens int64 [B, rows, columns] a grid to [B, *shape] in the units of DataSpec."""
+        ...
+
+
+@runtime_checkable
 class Walks(Protocol):
     """Samples step by step, and can show the way."""
 
@@ -177,6 +204,7 @@ CAPABILITIES: dict[str, type] = {
     "decodes": Decodes,
     "weighs": Weighs,
     "denoises": Denoises,
+    "quantises": Quantises,
     "walks": Walks,
     "conditional": Conditional,
 }
@@ -201,18 +229,63 @@ def family_class(family: str) -> type[Family]:
     return importlib.import_module(f"genus.families.{family.replace('/', '.')}").Model
 
 
-def check_params(family: str, params: dict[str, Any]) -> None:
-    """Raises UserError, naming the nearest right one, for a parameter that the family does not have."""
-    known = set(inspect.signature(family_class(family).__init__).parameters) - {"self", "spec"}
+def check_params(family: str, params: dict[str, Any], has_parent: bool | None = None) -> None:
+    """Raises UserError, naming the nearest right one, for a parameter that the family does not have.
+
+    And where it has a parent but learns from no other model, or has none but does; with None that is not asked.
+    """
+    inherits = family_class(family).inherits
+    if has_parent and inherits is None:
+        raise UserError(f"family '{family}' learns from no other model: it takes no parent")
+    if has_parent is False and inherits is not None:
+        raise UserError(f"family '{family}' learns from another model: it needs a parent that {_does(inherits)}")
+    known = set(inspect.signature(family_class(family).__init__).parameters) - {"self", "spec", "parent"}
     for name in params:
         if name not in known:
             raise UserError(f"family '{family}' has no parameter '{name}': {nearest(name, known)}")
 
 
-def build(family: str, spec: DataSpec, params: dict[str, Any]) -> Family:
-    """A new model, weights drawn from torch's global generator (seed it first)."""
-    check_params(family, params)
-    return family_class(family)(spec, **params)
+def build(
+    family: str, spec: DataSpec, params: dict[str, Any], parent: Family | Mapping[str, Any] | None = None
+) -> Family:
+    """A new model, weights drawn from torch's global generator (seed it first).
+
+    ``parent`` is the model that it learns from, which is frozen, or a description of one: its ``family``, its
+    ``params`` and its own ``parent``, whose weights are then drawn as well.
+
+    Raises UserError for a parameter that the family does not have, and for a parent that it cannot learn from.
+    """
+    check_params(family, params, parent is not None)
+    if parent is None:
+        return family_class(family)(spec, **params)
+    if isinstance(parent, Mapping):
+        parent = build(parent["family"], spec, parent["params"], parent.get("parent"))
+    inherits = family_class(family).inherits
+    if inherits and not isinstance(parent, inherits):
+        raise UserError(f"family '{family}' needs a parent that {_does(inherits)}: {type(parent).__name__} does not")
+    return family_class(family)(spec, parent=parent.eval().requires_grad_(False), **params)
+
+
+def example(family: str, spec: DataSpec, params: dict[str, Any]) -> Family:
+    """A model that is as good as any to look at: where it learns from another, from the first family that will do."""
+    inherits = family_class(family).inherits
+    if inherits is None:
+        return build(family, spec, params)
+    alone = (name for name in family_names() if family_class(name).inherits is None)
+    parents = (build(name, spec, {}) for name in alone if spec.kind in family_class(name).kinds)
+    return build(family, spec, params, next(parent for parent in parents if isinstance(parent, inherits)))
+
+
+def _does(needs: type) -> str:
+    """What a capability is called."""
+    return next(label for label, protocol in CAPABILITIES.items() if protocol is needs)
+
+
+def load_model(about: Mapping[str, Any], weights: dict[str, Tensor]) -> Family:
+    """A trained model from its model.json and tensors, in evaluation mode."""
+    model = build(about["family"], DataSpec.from_json(about["spec"]), about["params"], about.get("parent"))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def parameter_count(model: nn.Module) -> int:

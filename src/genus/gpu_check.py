@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +47,9 @@ def run(collection: str = "tour") -> None:
     apart = []
     for name in params.collection(collection):
         section = params.models[name]
-        result = compare(_data(section.dataset), section, device, seed=params.seed)
+        result = compare(
+            _data(section.dataset), section, device, seed=params.seed, parent=params.described(section.parent)
+        )
         verdict = "agrees" if result.agrees else "APART"
         print(
             f"{name:32} {verdict}  loss {result.difference:6.1%} from the CPU's  "
@@ -60,12 +63,23 @@ def run(collection: str = "tour") -> None:
         raise SystemExit(1)
 
 
-def compare(data: Dataset, section: config.Model, device: torch.device, *, seed: int, steps: int = STEPS) -> Comparison:
-    """Trains the model on the CPU in float32 and on ``device`` as the pipeline would (cuda: bf16 autocast)."""
+def compare(
+    data: Dataset,
+    section: config.Model,
+    device: torch.device,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    parent: dict[str, Any] | None = None,
+) -> Comparison:
+    """Trains the model on the CPU in float32 and on ``device`` as the pipeline would (cuda: bf16 autocast).
+
+    One that learns from another learns here from its ``parent`` untrained.
+    """
 
     def fit(where: torch.device) -> Result:
         set_up(torch.get_num_threads(), seed)
-        model = build(section.family, data.spec, section.params)
+        model = build(section.family, data.spec, section.params, parent)
         labels = data.labels("train")
         return train(model, data.split("train"), labels, section.train, steps=steps, seed=seed, device=where)
 

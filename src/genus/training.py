@@ -375,7 +375,7 @@ def _optimiser(name: str, parameters: list[torch.nn.Parameter], config: Train) -
 
 def _schedule(step: int, steps: int, config: Train) -> float:
     """Linear warm-up, then a cosine down to ``final_lr``: the share of the learning rate at this step."""
-    warmup = max(1, round(config.warmup * steps))
+    warmup = max(1, round(config.warmup * steps if config.warmup < 1 else config.warmup))
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

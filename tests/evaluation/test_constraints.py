@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from genus.config import load
 from genus.contract import Batch, Family, build, family_class, family_names
 from genus.data.spec import DataSpec
 from genus.evaluation import constraints
@@ -22,7 +21,7 @@ from genus.evaluation.constraints import (
     noise_dims,
     used_by_sampling,
 )
-from tests.registry.workspace import SPECS
+from tests.registry.workspace import SPECS, small
 
 BITS = DataSpec((1, 4, 4), levels=2)
 REAL = DataSpec((2, 1, 1), levels=0)
@@ -250,22 +249,18 @@ def test_parameters_that_sampling_uses() -> None:
     assert all(used_by_sampling(made(Flow(BITS)), seed=0).values())
 
 
-def params(family: str) -> dict[str, Any]:
-    """The family's parameters as the smoke models have them."""
-    models = load("params.yaml").models.values()
-    return next((m.params for m in models if m.collection == "smoke" and m.family == family), {})
-
-
 @pytest.mark.parametrize("family", family_names())
 def test_the_share_of_a_real_model_is_counted_by_name(family: str) -> None:
     """The small model's names are the real one's; what is trained is used, or belongs to a critic or an encoder."""
     spec = SPECS[family_class(family).kinds[0]]
-    found = constraints.trained_share(family, params(family), spec, seed=0)
-    model = build(family, spec, params(family))
-    assert found is not None and found["n"] == len(list(model.parameters()))
+    what = small(family)
+    found = constraints.trained_share(**what, spec=spec, seed=0)
+    model = build(family, spec, what["params"], what["parent"])
+    trained = dict(constraints.trained(model))
+    assert found is not None and found["n"] == len(trained)
     idle = ("critic", "encoder")
-    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(idle))
-    assert found["value"] == pytest.approx(count / sum(p.numel() for p in model.parameters()))
+    count = sum(p.numel() for name, p in trained.items() if not name.startswith(idle))
+    assert found["value"] == pytest.approx(count / sum(p.numel() for p in trained.values()))
 
 
 # Which kinds of places refuse an arbitrary module: a flow's layers, and anything that would let a pixel see later ones.
@@ -275,7 +270,7 @@ def test_the_share_of_a_real_model_is_counted_by_name(family: str) -> None:
     [("vae/vae", 1.0, ""), ("gan/gan", 1.0, ""), ("autoregressive/pixelcnn", 0.0, "its density is none")],
 )
 def test_places_of_real_families(family: str, value: float, why: str) -> None:
-    found = constraints.free_places(family, params(family), seed=0)
+    found = constraints.free_places(**small(family), seed=0)
     assert found["value"] == value and found["places"]
     assert all(place["broken"].startswith(why) for place in found["places"])
 
@@ -286,10 +281,10 @@ def test_networks_that_play_against_each_other() -> None:
 
 
 def test_jacobians_of_real_families() -> None:
-    found = constraints.jacobian("flows/glow", params("flows/glow"), seed=0)
+    found = constraints.jacobian(**small("flows/glow"), seed=0)
     assert found is not None and found["value"] < 1e-6
     for family in ("vae/vae", "gan/gan", "autoregressive/pixelcnn"):
-        assert constraints.jacobian(family, params(family), seed=0) is None
+        assert constraints.jacobian(**small(family), seed=0) is None
 
 
 def test_a_family_that_takes_no_small_image_says_why() -> None:

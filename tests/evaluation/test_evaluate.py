@@ -20,7 +20,7 @@ from genus.evaluation import ode
 from genus.evaluation.evaluate import Task, evaluate
 from genus.evaluation.gallery import gallery, spherical
 from tests.evaluation.conftest import Digits
-from tests.registry.workspace import small_params
+from tests.registry.workspace import small as described
 
 EFFORT = {"samples": 60, "likelihoods": 40, "batch_size": 30, "weighed": 20, "weights": 8, "flowed": 4}
 
@@ -32,7 +32,8 @@ def task(model: Any, digits: Digits, **effort: Any) -> Task:
 
 def small(family: str, digits: Digits) -> Family:
     torch.manual_seed(0)
-    return build(family, digits.data.spec, small_params(family)).eval()
+    small = described(family)
+    return build(family, digits.data.spec, small["params"], small["parent"]).eval()
 
 
 @pytest.mark.parametrize("family", [name for name in family_names() if "image" in family_class(name).kinds])

@@ -101,6 +101,7 @@ models:
     family: flows/glow
     dataset: digits
     collection: smoke
+    parent: none
     params: {}
     train: {steps: 5, batch_size: 2}
     evaluate: {}
@@ -109,6 +110,7 @@ models:
     family: vae/vae
     dataset: digits
     collection: smoke
+    parent: none
     params: {}
     train: {steps: 7, batch_size: 2}
     evaluate: {}
@@ -117,6 +119,7 @@ models:
     family: vae/vae
     dataset: fashion-mnist
     collection: tour
+    parent: none
     params: {}
     train: {steps: 5, batch_size: 2}
     evaluate: {}

@@ -95,9 +95,25 @@ def test_data_set_without_models_is_brought_as_far_as_it_goes(toy: Path) -> None
 
 def test_key_that_dvc_needs_is_named_before_anything_starts(toy: Path) -> None:
     params = toy / "params.yaml"
-    params.write_text(params.read_text().replace("collection: tour\n    params: {}", "collection: tour"))
+    params.write_text(params.read_text().replace("tour\n    parent: none\n    params: {}", "tour\n    parent: none"))
     with pytest.raises(UserError, match=r"params.yaml: models.fashion-mnist-vae.params is missing and (train|probe)@"):
         plan.make(config.load())
+
+
+def test_parent_that_dvc_needs_is_named(toy: Path) -> None:
+    params = toy / "params.yaml"
+    params.write_text(params.read_text().replace("collection: tour\n    parent: none", "collection: tour"))
+    line = "params.yaml: models.fashion-mnist-vae.parent is missing and .* write it down, none where there is none"
+    with pytest.raises(UserError, match=line):
+        plan.make(config.load())
+
+
+def test_parents_order_the_run(toy: Path) -> None:
+    params = toy / "params.yaml"
+    params.write_text(params.read_text().replace("parent: none", "parent: digits-vae", 1))
+    made = plan.make(config.load(), models=["digits-glow"])
+    assert "train@digits-vae" in made.upstream["train@digits-glow"] and made.models == ["digits-glow"]
+    assert "evaluate@digits-vae" not in made.stages
 
 
 def test_broken_graph_is_one_line(toy: Path) -> None:

@@ -315,10 +315,10 @@ def test_a_package_is_small_readable_and_knows_no_machine(folder: Path) -> None:
 
 
 def test_code_is_named_by_its_content(tmp_path: Path) -> None:
-    names = {family: write_code(family, tmp_path / family) for family in family_names()}
+    names = {family: write_code([family], tmp_path / family) for family in family_names()}
     assert len(set(names.values())) == len(names)
     for family, name in names.items():
-        assert write_code(family, tmp_path / "again" / family) == name
+        assert write_code([family], tmp_path / "again" / family) == name
         written = {str(path.relative_to(tmp_path / family / name)) for path in (tmp_path / family / name).rglob("*.py")}
         assert {"contract.py", "data/spec.py", f"families/{family}.py"} <= written
         others = {f"families/{other}.py" for other in family_names() if other != family}

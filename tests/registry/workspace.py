@@ -54,19 +54,26 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
 
 
-def small_params(family: str) -> dict[str, Any]:
-    """A family's parameters as the smoke models of params.yaml have them."""
+def small(family: str) -> dict[str, Any]:
+    """A family, its parameters and what it learns from, as the smoke models of params.yaml have them."""
     from genus.config import load
 
-    models = load(Path(__file__).parents[2] / "params.yaml").models.values()
-    return next((model.params for model in models if model.collection == "smoke" and model.family == family), {})
+    params = load(Path(__file__).parents[2] / "params.yaml")
+    names = (name for name in params.collection("smoke") if params.models[name].family == family)
+    found = params.described(next(names, "none"))
+    return found or {"family": family, "params": {}, "parent": None}
+
+
+def small_params(family: str) -> dict[str, Any]:
+    """A family's parameters as the smoke models have them."""
+    return small(family)["params"]
 
 
 def write_model(name: str = MODEL, family: str = FAMILY, seed: int = 0, data: str = "ab" * 32) -> Path:
     """models/<name>/ as the training leaves it, with weights drawn from ``seed``."""
     params, spec = small_params(family), SPECS[family_class(family).kinds[0]]
     torch.manual_seed(seed)
-    model = build(family, spec, params)
+    model = build(family, spec, params, small(family)["parent"])
     folder = Path("models") / name
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
@@ -83,6 +90,7 @@ def write_model(name: str = MODEL, family: str = FAMILY, seed: int = 0, data: st
         "budget": 1,
         "train": {"steps": 30, "batch_size": 8},
         "data_sha256": data,
+        "parent": small(family)["parent"],
     }
     (folder / "model.json").write_text(json.dumps(about))
     with open(folder / "history.csv", "w", newline="") as file:

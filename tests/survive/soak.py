@@ -35,7 +35,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-CODE = ("src", "pipelines", "dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore", ".dvc/config")
+CODE = ("src", "pipelines", "models/none", "dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore", ".dvc/config")
 MODELS = ("digits-vae", "digits-gan", "digits-glow")
 TIMED = ("reports/timing/", "reports/records/", "reports/scorecard", "reports/data_docs/")  # hold times, or pages of it
 OUTPUTS = ("data", "models", "reports")

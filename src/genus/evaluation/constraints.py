@@ -32,6 +32,8 @@ from genus.contract import (
 )
 from genus.data.spec import DataSpec
 
+Parent = Mapping[str, Any] | None  # the description of what a model learns from, as contract.build takes it
+
 SIDES = (4, 8, 12, 16, 32, 64)  # of the small images, the first that the family takes
 STEPS, BATCH, RATE = 60, 64, 1e-2  # of the trainings with an arbitrary module inside
 FRESH = 2000  # images of random bits by which a density is tried
@@ -73,14 +75,14 @@ class Arbitrary(nn.Module):
             return getattr(self.__dict__["was"], name)
 
 
-def free_places(family: str, params: dict[str, Any], *, seed: int) -> dict[str, Any]:
+def free_places(family: str, params: dict[str, Any], parent: Parent = None, *, seed: int) -> dict[str, Any]:
     """In what share of a model's inner places an arbitrary module may stand.
 
     Each kind of submodule that keeps its input's shape is replaced by ``Arbitrary``, one at a time, and the family's
     contract is tried again: it trains, its samples are finite and come from their generator, its inverse inverts, its
     density is one. ``places`` says for each what broke, "" where all held. How well it learns is not asked.
     """
-    return free_places_of(_small(family, params, seed=seed), seed=seed)
+    return free_places_of(_small(family, params, parent, seed=seed), seed=seed)
 
 
 def free_places_of(model: Family, *, seed: int) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def free_places_of(model: Family, *, seed: int) -> dict[str, Any]:
     }
 
 
-def jacobian(family: str, params: dict[str, Any], *, seed: int) -> dict[str, Any] | None:
+def jacobian(family: str, params: dict[str, Any], parent: Parent = None, *, seed: int) -> dict[str, Any] | None:
     """Whether the density is a base density times a Jacobian determinant, checked against autograd in float64.
 
     ``value`` is the largest error, relative where it is of more than one nat, of log_prob against
@@ -116,7 +118,7 @@ def jacobian(family: str, params: dict[str, Any], *, seed: int) -> dict[str, Any
     """
     spec = DataSpec((2, 1, 1), levels=0)
     try:
-        model = _built(family, params, spec, seed)
+        model = _built(family, params, parent, spec, seed)
     except ValueError:  # continuous data is nothing for it
         return None
     return jacobian_of(model, seed=seed)
@@ -150,14 +152,20 @@ def jacobian_of(model: Family, *, seed: int) -> dict[str, Any] | None:
     return {"value": error, "n": len(errors), "text": "computed" if error < EXACT else "not computed"}
 
 
-def networks(family: str, params: dict[str, Any], *, seed: int) -> dict[str, Any]:
+def networks(family: str, params: dict[str, Any], parent: Parent = None, *, seed: int) -> dict[str, Any]:
     """Groups of parameters that are trained against each other, each with an optimiser of its own."""
-    groups = _small(family, params, seed=seed).groups()
+    groups = _small(family, params, parent, seed=seed).groups()
     return {"value": len(groups), "n": 1, "text": ", ".join(groups) if len(groups) > 1 else "one objective"}
 
 
 def trained_share(
-    family: str, params: dict[str, Any], spec: DataSpec, *, seed: int, knobs: Mapping[str, Any] | None = None
+    family: str,
+    params: dict[str, Any],
+    spec: DataSpec,
+    parent: Parent = None,
+    *,
+    seed: int,
+    knobs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The share of the trained parameters that sampling uses; None for a family that does not sample.
 
@@ -165,8 +173,8 @@ def trained_share(
     finite or fails. Counts are of the real model, whose tensors have the same names. Below 1, something is trained
     only to be thrown away: a critic, an encoder.
     """
-    real = {name: tensor.numel() for name, tensor in _built(family, params, spec, seed, start=False).named_parameters()}
-    model = _small(family, params, seed=seed, spec=spec, names=set(real))
+    real = {name: p.numel() for name, p in trained(_built(family, params, parent, spec, seed, start=False))}
+    model = _small(family, params, parent, seed=seed, spec=spec, names=set(real))
     if not isinstance(model, Samples):
         return None
     used = used_by_sampling(model, seed=seed, knobs=knobs)
@@ -179,7 +187,7 @@ def trained_share(
 
 
 def used_by_sampling(model: Any, *, seed: int, knobs: Mapping[str, Any] | None = None) -> dict[str, bool]:
-    """For each parameter by name whether a sample depends on it; the parameters are as before afterwards."""
+    """For each trained parameter by name whether a sample depends on it; they are as before afterwards."""
     model = model.eval()
 
     def sample() -> Tensor:
@@ -188,7 +196,7 @@ def used_by_sampling(model: Any, *, seed: int, knobs: Mapping[str, Any] | None =
     found = {}
     with torch.no_grad():
         usual = sample()
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained(model):
             kept = parameter.detach().clone()
             parameter.fill_(math.nan)
             try:
@@ -247,9 +255,15 @@ def sampled(model: Any, seed: int, knobs: Mapping[str, Any]) -> Tensor:
         return model.sample(1, generator=torch.Generator(tensor.device).manual_seed(seed), **knobs)
 
 
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters by name, but those of a parent."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def _small(
     family: str,
     params: dict[str, Any],
+    parent: Parent,
     *,
     seed: int,
     spec: DataSpec | None = None,
@@ -266,24 +280,26 @@ def _small(
     kinds = family_class(family).kinds
     if spec.alphabet if spec else kinds == ("text",):
         alphabet = spec.alphabet if spec else "01"
-        return _built(family, params, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
+        return _built(family, params, parent, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
     if "image" not in kinds:
-        return _built(family, params, DataSpec((2, 1, 1), spec.levels if spec else 16), seed)
+        return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16), seed)
     for side in SIDES:
         try:
-            model = _built(family, params, DataSpec((channels, side, side), depth), seed)
+            model = _built(family, params, parent, DataSpec((channels, side, side), depth), seed)
         except ValueError as error:
             refused = str(error)
             continue
-        if names is None or names == {name for name, _ in model.named_parameters()}:
+        if names is None or names == {name for name, _ in trained(model)}:
             return model
         refused = "its parameters have other names on small images"
     raise ValueError(f"{family} cannot be built small: {refused}")
 
 
-def _built(family: str, params: dict[str, Any], spec: DataSpec, seed: int, *, start: bool = True) -> Family:
+def _built(
+    family: str, params: dict[str, Any], parent: Parent, spec: DataSpec, seed: int, *, start: bool = True
+) -> Family:
     torch.manual_seed(seed)
-    model = build(family, spec, params)
+    model = build(family, spec, params, parent)
     if start and isinstance(model, Initialises):
         with torch.no_grad():
             model.initialise(_batch(model, seed), generator=torch.Generator().manual_seed(seed))
@@ -319,7 +335,8 @@ def _places(model: Family, seed: int) -> list[tuple[str, int | None]]:
     One place a kind: the first of every class of module that was seen to keep the shape of its input.
     """
     found: dict[type, tuple[str, int | None]] = {}
-    names = {module: name for name, module in model.named_modules() if name}
+    frozen = {module for part in model.children() if isinstance(part, Family) for module in part.modules()}
+    names = {module: name for name, module in model.named_modules() if name and module not in frozen}
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         result, beside = output if isinstance(output, tuple) and len(output) == 2 else (output, None)

@@ -20,7 +20,7 @@ import torch
 
 from genus import progress
 from genus.config import Evaluate
-from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Family, Samples, Scores, Weighs
+from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Samples, Scores, Weighs
 from genus.data.loaders import Dataset
 from genus.errors import UserError
 from genus.evaluation import constraints, metrics, ode, two_d
@@ -302,13 +302,3 @@ METRICS = (
     Metric((Decodes,), code_size),
     Metric((Encodes, Decodes), inverse),
 )
-
-
-def load_model(about: dict[str, Any], weights: dict[str, torch.Tensor]) -> Family:
-    """A trained model from its model.json and tensors, in evaluation mode."""
-    from genus.contract import build
-    from genus.data.spec import DataSpec
-
-    model = build(about["family"], DataSpec.from_json(about["spec"]), about["params"])
-    model.load_state_dict(weights)
-    return model.eval()

@@ -247,7 +247,18 @@ def features(judge: Judge, images: np.ndarray, batch_size: int = 250) -> np.ndar
 class Prober:
     """Runs the jobs of one model and keeps their outcomes; data are made once a resolution. Text needs no ``judge``."""
 
-    def __init__(self, config: Model, data: Dataset, judge: Judge | None, *, seed: int, device: torch.device):
+    def __init__(
+        self,
+        config: Model,
+        data: Dataset,
+        judge: Judge | None,
+        *,
+        seed: int,
+        device: torch.device,
+        parent: Prober | None = None,
+    ):
+        self.parent = parent  # of the model that this one learns from
+        self.parents: dict[int, Family] = {}  # it, trained at a resolution
         self.config, self.probe, self.data, self.judge = config, config.probe, data, judge
         self.seed, self.device = seed, device
         text = data.spec.kind == "text"
@@ -300,7 +311,7 @@ class Prober:
             else:
                 from genus.evaluation.text.bench import Text
 
-                context: int = build(self.config.family, self.data.spec, self.config.params).context  # type: ignore[assignment]
+                context: int = self.built(Job(seed=self.seed)).context  # type: ignore[assignment]
                 windows = self.probe.steps * self.config.train.batch_size
                 self.benches[size] = Text(self.data, (windows + 2) * context)  # two more: where they begin is shifted
         return self.benches[size]
@@ -357,8 +368,23 @@ class Prober:
 
     def built(self, job: Job) -> Family:
         """The job's model, untrained. Raises ValueError where the family cannot be built so."""
+        parent = self.learned_from(job.size or self.size)
         torch.manual_seed(job.seed)
-        return build(self.config.family, self.bench(job.size or self.size).spec, self.params(job))
+        return build(self.config.family, self.bench(job.size or self.size).spec, self.params(job), parent)
+
+    def learned_from(self, size: int) -> Family | None:
+        """The parent as its own probe trains it at that resolution, once for all jobs; None where there is none."""
+        if self.parent is None:
+            return None
+        if size not in self.parents:
+            job = Job(seed=self.seed, size=size)
+            examples, labels = self.parent.bench(size).train_set(job)
+            steps, settings = self.parent.probe.steps, self.parent.settings(job)
+            model = self.parent.built(job)
+            self.parents[size] = train(
+                model, examples, labels, settings, steps=steps, seed=job.seed, device=self.device
+            ).model
+        return copy.deepcopy(self.parents[size])
 
     def params(self, job: Job) -> dict[str, Any]:
         """The family's parameters for a job: widths are scaled, keeping what they are multiples of."""

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def save(folder: Path, destination: Path, knobs: dict[str, Any], facts: dict[str
     artifacts.mkdir(parents=True)
     for name in ("weights.safetensors", "model.json"):
         shutil.copy2(folder / name, artifacts)
-    write_code(about["family"], artifacts / "code")
+    write_code(_families(about), artifacts / "code")
     here = Path(__file__)
     shutil.copy2(here.with_name("runtime.py"), artifacts / "code")
     shutil.copy2(here.with_name("served.py"), destination)
@@ -120,12 +121,13 @@ def contents(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in (MANIFEST, LEFT_BY_MLFLOW))
 
 
-def write_code(family: str, destination: Path) -> str:
-    """Writes the sources that ``family`` (flows/glow) needs as one package; returns the package's name.
+def write_code(families: Sequence[str], destination: Path) -> str:
+    """Writes the sources that ``families`` (flows/glow) need as one package; returns the package's name.
 
     The name is genus_<hash of the sources>, so that it never meets another version's code, nor an installed Genus.
     """
-    sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in _closure(f"families/{family}.py")}
+    needed = _closure([f"families/{family}.py" for family in families])
+    sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in needed}
     sources["__init__.py"] = '"""The part of Genus that this model needs."""\n'
     content = hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
     name = f"genus_{content[:12]}"
@@ -136,10 +138,15 @@ def write_code(family: str, destination: Path) -> str:
     return name
 
 
-def _closure(first: str) -> set[str]:
-    """Paths under genus/ that a source file needs: what it imports, what that imports, and their packages."""
+def _families(about: Mapping[str, Any]) -> list[str]:
+    """A model's family and those of the models that it learned from."""
+    return [about["family"], *(_families(about["parent"]) if about.get("parent") else [])]
+
+
+def _closure(first: Sequence[str]) -> set[str]:
+    """Paths under genus/ that source files need: what they import, what that imports, and their packages."""
     found: set[str] = set()
-    waiting = [first]
+    waiting = list(first)
     while waiting:
         path = waiting.pop()
         if path in found:
@@ -171,7 +178,7 @@ def _fitting(folder: Path, about: dict[str, Any]) -> Family:
     from genus.data.spec import DataSpec
 
     with torch.random.fork_rng(devices=[]):
-        family = build(about["family"], DataSpec.from_json(about["spec"]), about["params"])
+        family = build(about["family"], DataSpec.from_json(about["spec"]), about["params"], about.get("parent"))
     wanted = {name: list(tensor.shape) for name, tensor in family.state_dict().items()}
     with safe_open(folder / "weights.safetensors", "pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)

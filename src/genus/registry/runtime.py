@@ -67,9 +67,9 @@ class Runtime:
             _module(root.name, root / "__init__.py")
             self.spec = importlib.import_module(f"{root.name}.data.spec").DataSpec.from_json(self.about["spec"])
             self._batch = importlib.import_module(f"{root.name}.contract").Batch
-            family = importlib.import_module(f"{root.name}.families.{self.about['family'].replace('/', '.')}").Model
-        with torch.random.fork_rng(devices=[]):  # building draws weights that the stored ones replace: leave no trace
-            self.model = family(self.spec, **self.about["params"])
+            families = f"{root.name}.families"
+            with torch.random.fork_rng(devices=[]):  # building draws weights that the stored ones replace
+                self.model = _built(families, self.spec, self.about)
         self.model.load_state_dict(load_file(artifacts / "weights.safetensors"))
         self.model.eval()
 
@@ -246,6 +246,14 @@ class Runtime:
             raise ValueError(f"{self.name} knows levels 0 to {levels - 1}: there is a {images.max()}")
         if not levels and not np.isfinite(images).all():
             raise ValueError(f"{self.name} scores finite numbers: there are others")
+
+
+def _built(families: str, spec: Any, about: Mapping[str, Any]) -> Any:
+    """A model by its description, around the model that it learned from, if any, whose weights are among its own."""
+    family = importlib.import_module(f"{families}.{about['family'].replace('/', '.')}").Model
+    parent = about.get("parent")
+    more = {"parent": _built(families, spec, parent).requires_grad_(False)} if parent else {}
+    return family(spec, **more, **about["params"])
 
 
 def settable(model: Any, evaluated: Mapping[str, Any]) -> dict[str, Any]:

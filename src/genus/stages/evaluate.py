@@ -16,8 +16,9 @@ def run(name: str) -> None:
     params = config.load()
     chosen = params.model(name)
 
+    from genus.contract import load_model
     from genus.data.loaders import open_dataset
-    from genus.evaluation.evaluate import METRICS, Metric, Task, evaluate, load_model
+    from genus.evaluation.evaluate import METRICS, Metric, Task, evaluate
     from genus.evaluation.reference import open_reference
     from genus.training import pick_device, set_up
 

@@ -35,12 +35,16 @@ def run(name: str) -> None:
         judge = open_reference(data, Path("data/judge") / chosen.dataset).judge.to(device)
     seconds: dict[str, float] = {}
 
-    prober = Prober(chosen, data, judge, seed=params.seed, device=device)
+    def prober_of(model: config.Model) -> Prober:
+        parent = None if model.parent == config.NONE else prober_of(params.model(model.parent))
+        return Prober(model, data, judge, seed=params.seed, device=device, parent=parent)
+
+    prober = prober_of(chosen)
     prober.run()
     seconds["probe_jobs_seconds"] = time.monotonic() - started
 
     begun = time.monotonic()
-    what: dict[str, Any] = {"family": chosen.family, "params": chosen.params, "seed": params.seed}
+    what: dict[str, Any] = (params.described(name) or {}) | {"seed": params.seed}
     knobs = chosen.evaluate.knobs | chosen.probe.knobs
     found: dict[str, Any] = {
         "setting": setting(chosen.probe, prober),

@@ -14,7 +14,7 @@ import numpy as np
 
 from genus import config
 from genus.errors import UserError
-from genus.files import replacing, write_json
+from genus.files import read_json, read_tensors, replacing, sha256, write_json
 from genus.stages.records import failure_recorded
 
 CHECKPOINTS = Path(".genus/checkpoints")  # outside DVC's outs, which it deletes before a stage runs again
@@ -35,10 +35,11 @@ def run(name: str) -> None:
     if parallel.wanted():
         parallel.launch(["train", name])
 
+    import torch
     from safetensors.torch import save_file
 
     from genus import progress, tracking
-    from genus.contract import Family, Samples, build, family_class, parameter_count
+    from genus.contract import Family, Samples, build, family_class, load_model, parameter_count
     from genus.data.loaders import open_dataset
     from genus.pictures import grid, page
     from genus.sampling import draw
@@ -51,7 +52,15 @@ def run(name: str) -> None:
     if data.spec.kind not in (kinds := family_class(chosen.family).kinds):
         takes = f"family '{chosen.family}' takes {' and '.join(kinds)} data"
         raise UserError(f"models.{name}: {takes}, and data set '{chosen.dataset}' is of kind {data.spec.kind}")
-    model = build(chosen.family, data.spec, chosen.params)
+    parent, described = None, {}
+    if chosen.parent != config.NONE:
+        folder = Path("models") / chosen.parent
+        known = read_json(folder / "model.json")
+        parent = load_model(known, read_tensors(folder / "weights.safetensors"))
+        described = {key: known[key] for key in ("name", "family", "params", "parent") if key in known}
+        described = {"parent": described | {"sha256": sha256(folder / "weights.safetensors")}}
+        torch.manual_seed(params.seed)  # what building the parent has drawn is not the child's affair
+    model = build(chosen.family, data.spec, chosen.params, parent)
     steps = max(1, round(chosen.train.steps * params.budget))
     about: dict[str, Any] = {
         "name": name,
@@ -66,6 +75,7 @@ def run(name: str) -> None:
         "budget": params.budget,
         "train": chosen.train.model_dump(mode="json"),
         "data_sha256": data.description["sha256"],
+        **described,
     }
     processes = {"processes": group.size} if group.size > 1 else {}  # sums come out in another order then
     key = about["key"] = _key(about | {"threads": params.threads, "device": device.type} | processes)
@@ -144,6 +154,9 @@ def _key(about: dict[str, Any]) -> str:
     family = package / "families" / f"{about['family']}.py"
     trainer = [package / name for name in ("training.py", "parallel.py", "contract.py")]
     shared = [*family.parent.glob("_*.py"), *(package / "nn").glob("*.py")]  # private bases, and blocks for all
+    ancestor = about
+    while ancestor := ancestor.get("parent") or {}:
+        shared.append(package / "families" / f"{ancestor['family']}.py")
     for path in [*trainer, family, *sorted(shared)]:
         code.update(path.read_bytes())
     return hashlib.sha256((json.dumps(about, sort_keys=True) + code.hexdigest()).encode()).hexdigest()[:16]
