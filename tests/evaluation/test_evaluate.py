@@ -127,9 +127,11 @@ class ByLabel(Family):
         return self.spec.to_float(torch.from_numpy(np.stack(rows)))
 
 
-def test_what_is_learnt_from_generated_labels(digits: Digits) -> None:
-    right = table.learnt_from(task(ByLabel(digits.data), digits, samples=600))[0]["generated_accuracy"]
-    wrong = table.learnt_from(task(ByLabel(digits.data, 1), digits, samples=600))[0]["generated_accuracy"]
+def test_samples_asked_for_by_label(digits: Digits) -> None:
+    """Real training images: the judge takes nearly all for what they are, and one can learn from them."""
+    of_right, of_wrong = (table.asked_for(task(ByLabel(digits.data, by), digits, samples=600))[0] for by in (0, 1))
+    assert of_right["asked_accuracy"]["value"] > 0.95 and of_wrong["asked_accuracy"]["value"] < 0.05
+    right, wrong = of_right["generated_accuracy"], of_wrong["generated_accuracy"]
     assert right["value"] > 0.85 and right["low"] < right["value"] < right["high"] and wrong["value"] < 0.05
     assert right["floor"] == digits.reference.accuracy
     assert "generated_accuracy" in evaluate(task(ByLabel(digits.data), digits, samples=200))[0]

@@ -268,10 +268,11 @@ def inverse(task: Task) -> tuple[Figures, Timing]:
     return {"inverse_error": {"value": error * (spec.levels - 1) / 2 if spec.levels else error, "n": len(x)}}, {}
 
 
-def learnt_from(task: Task) -> tuple[Figures, Timing]:
-    """Accuracy on real test images of a classifier that has learnt from generated ones alone, each asked for by label.
+def asked_for(task: Task) -> tuple[Figures, Timing]:
+    """Of samples that are asked for by label: how many the judge takes for that, and what can be learnt from them.
 
-    The floor is the judge's own accuracy, which has learnt from real ones.
+    The latter is the accuracy on real test images of a classifier that has learnt from generated ones alone. The floor
+    of both is the judge's own accuracy, which has learnt from real ones.
     """
     n, model, spec = task.effort.samples, task.model, task.data.spec
     labels = torch.arange(n, device=task.device) % model.labels
@@ -282,12 +283,18 @@ def learnt_from(task: Task) -> tuple[Figures, Timing]:
             parts.append(spec.to_stored(x.float()).cpu().numpy())
     torch.manual_seed(task.seed)
     options: dict[str, Any] = {"steps": LEARNT, "batch_size": 64, "learning_rate": 4e-3}
-    learner = train_judge(spec, np.concatenate(parts), labels.cpu().numpy(), device=task.device, **options)
-    right = accuracy(learner, task.data.split("test"), task.data.labels("test"))
-    count = len(task.data.split("test"))
-    low, high = metrics.wilson(right * count, count)
-    floor = task.reference.accuracy
-    return {"generated_accuracy": {"value": right, "low": low, "high": high, "n": n, "floor": floor}}, {}
+    drawn, wanted = np.concatenate(parts), labels.cpu().numpy()
+    learner = train_judge(spec, drawn, wanted, device=task.device, **options)
+    test = task.data.split("test"), task.data.labels("test")
+    figures = {}
+    for name, judge, (images, truth) in (
+        ("asked_accuracy", task.reference.judge, (drawn, wanted)),
+        ("generated_accuracy", learner, test),
+    ):
+        right = accuracy(judge, images, truth)
+        low, high = metrics.wilson(right * len(images), len(images))
+        figures[name] = {"value": right, "low": low, "high": high, "n": n, "floor": task.reference.accuracy}
+    return figures, {}
 
 
 METRICS = (
@@ -298,7 +305,7 @@ METRICS = (
     Metric((Samples,), sample_quality),
     Metric((Samples,), sampling),
     Metric((Samples,), knob_curve),
-    Metric((Conditional,), learnt_from),
+    Metric((Conditional,), asked_for),
     Metric((Decodes,), code_size),
     Metric((Encodes, Decodes), inverse),
 )
