@@ -79,3 +79,19 @@ def test_settings_of_a_knob_are_points_of_their_own() -> None:
         ("thin 2", 4.0, True),
         ("", 9.0, True),
     ]
+
+
+def test_claims_are_asked_of_the_data_that_they_speak_of() -> None:
+    """One by a measure of text is none of images; of images one is asked though no model is there, and waits."""
+    of_text = Condition(measure="density.bits_per_char", at_most=2.0)
+    of_images = Condition(measure="density.bits_per_dim", at_most=2.0)
+    about: dict[str, Any] = {"claim": "c", "property": "density", "source": "s"}
+    asked = [
+        Claim(id=1, families=["autoregressive/lstm"], all=[of_text], **about),
+        Claim(id=2, families=["flows"], all=[of_images], **about),
+    ]
+    bits = {"metrics": {"bits_per_char": {"value": 1.5, "low": 1.4, "high": 1.6}}}
+    records = {"verses": record("autoregressive/lstm", "words", **bits), "clothes": record("vae/vae", "pictures")}
+    found = scorecard("both", records, {"words": {"kind": "text"}, "pictures": {"kind": "image"}}, asked)["verdicts"]
+    said = [(verdict["dataset"], verdict["id"], verdict["verdict"]) for verdict in found]
+    assert said == [("words", 1, "supported"), ("pictures", 2, "waiting")]

@@ -28,7 +28,7 @@ def scorecard(
         families = {name: record["family"] for name, record in members.items() if not record.get("failure")}
         failed = {name: record["family"] for name, record in members.items() if record.get("failure")}
         cells = {row["key"]: row["cells"] for row in own}
-        asked = [claim for claim in claims if kind != "text" or _speaks_of(claim, cells, {**families, **failed})]
+        asked = [claim for claim in claims if _speaks_of(claim, cells, {**families, **failed}, kind)]
         for verdict in ledger.judge(asked, families, cells, failed):
             verdicts.append({"dataset": dataset} | verdict)
         advice += [{"dataset": dataset} | need for need in properties.advice(own, kind)]
@@ -45,9 +45,11 @@ def scorecard(
     }
 
 
-def _speaks_of(claim: ledger.Claim, measures: Collection[str], families: Mapping[str, str]) -> bool:
-    """Whether a claim is about one of these models, by measures that there are: most are about images."""
-    about = any(ledger.within(family, claim.families) for family in families.values())
+def _speaks_of(claim: ledger.Claim, measures: Collection[str], families: Mapping[str, str], kind: str) -> bool:
+    """Whether a claim is about data of this kind: its measures are made on it. And of text, about one of the models:
+    most claims are about images, where a family that is not among the models is waited for.
+    """
+    about = kind != "text" or any(ledger.within(family, claim.families) for family in families.values())
     return about and all(condition.measure in measures for condition in claim.all)
 
 
