@@ -1,0 +1,166 @@
+"""Puts what was measured here into README's tables, which stand between `<!-- figures: X -->` and `<!-- end -->`.
+
+python docs/tables.py
+
+X is a collection (its records must be there: `genus run --collection X`), `budget-10` (benchmarks/results) or `claims`
+(the default collection's). A table whose figures are not there stays as it is, and is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from genus import config
+from genus.files import read_json, write_text
+
+README = Path("README.md")
+Entry = dict[str, Any]
+
+
+def main() -> None:
+    tables = {f"budget-{budget}": larger(budget) for budget in ("10",)} | {"claims": claims()}
+    tables |= {name: collection(name) for name in config.load().collections}
+
+    def table(found: re.Match[str]) -> str:
+        name, before = found[1], found[2]
+        lines = tables.get(name)
+        print(f"{name}: {f'{len(lines) - 2} rows' if lines else 'no figures here, left as it was'}")
+        return f"<!-- figures: {name} -->\n" + ("\n".join(lines) + "\n" if lines else before) + "<!-- end -->"
+
+    text = README.read_text(encoding="utf-8")
+    write_text(README, re.sub(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", table, text, flags=re.S))
+
+
+def collection(name: str) -> list[str]:
+    """The models of a collection, the best likelihood first, those without one by their Fréchet distance."""
+    folder = Path("reports/records") / name
+    records = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in records if not record.get("failure")]
+    if any("bits_per_char" in record["metrics"] for record in records):
+        return of_text(records)
+    headings = "model|family|paper|parameters|bits/dim, kind|Fréchet distance (floor)|share of the Gaussian control"
+    headings += "|n|coverage|steps / s|images/s|ms/sample"
+    rows = []
+    for record in sorted(records, key=quality):
+        metrics, timing = record["metrics"], record["timing"]
+        rows.append(
+            [
+                record["name"].removeprefix(f"{record['dataset']}-"),
+                record["family"].partition("/")[0],
+                linked(record["paper"]),
+                f"{record['parameters']:,}",
+                bits(metrics),
+                *frechet(metrics),
+                number(metrics.get("coverage"), "{:.2f}"),
+                f"{record['steps']:,} / {timing['train_seconds']:.0f}",
+                f"{timing['train_images_per_s']:,.0f}",
+                f"{timing['sample_ms']:.2f}" if "sample_ms" in timing else "–",
+            ]
+        )
+    return markdown(headings, rows)
+
+
+def quality(record: Entry) -> tuple[float, float]:
+    metrics = record["metrics"]
+    found = metrics.get("bits_per_dim") or metrics.get("ode_bits_per_dim") or {"value": 99.0}
+    return found["value"], metrics.get("frechet_distance", {"value": 1e9})["value"]
+
+
+def of_text(records: Iterable[Entry]) -> list[str]:
+    headings = "model|paper|parameters|bits/char, kind|perplexity a word|distinct-2|longest copied span"
+    headings += "|n-gram bits of samples|steps / s|characters/s"
+    rows = []
+    for record in sorted(records, key=lambda record: record["metrics"]["bits_per_char"]["value"]):
+        metrics, timing = record["metrics"], record["timing"]
+        rows.append(
+            [
+                record["name"].removeprefix(f"{record['dataset']}-"),
+                linked(record["paper"]),
+                f"{record['parameters']:,}",
+                f"{metrics['bits_per_char']['value']:.3f} {metrics['bits_per_char']['kind']}",
+                number(metrics.get("word_perplexity"), "{:,.0f}"),
+                *(beside(metrics.get(key), form) for key, form in SCORED.items()),
+                f"{record['steps']:,} / {timing['train_seconds']:.0f}",
+                f"{timing['train_tokens_per_s']:,.0f}",
+            ]
+        )
+    return markdown(headings, rows)
+
+
+SCORED = {"distinct_2": "{:.2f}", "copied_span": "{:.0f}", "ngram_bits": "{:.2f}"}
+
+
+def larger(budget: str) -> list[str]:
+    """What benchmarks/budget.py has kept."""
+    path = Path(f"benchmarks/results/budget-{budget}.json")
+    headings = (
+        "`budget: 10`|parameters|likelihood, kind|Fréchet distance (floor)|share of the Gaussian control|n|steps / s"
+    )
+    rows = []
+    for name, entry in read_json(path)["models"].items() if path.exists() else ():
+        metrics = entry["metrics"]
+        likelihood = bits(metrics)
+        if of_text := metrics.get("bits_per_char"):
+            likelihood = f"{of_text['value']:.3f} bits/char {of_text['kind']}"
+        spent = f"{entry['steps']:,} / {entry['train_seconds']:.0f}"
+        rows.append([name, f"{entry['parameters']:,}", likelihood, *frechet(metrics), spent])
+    return markdown(headings, rows)
+
+
+def claims() -> list[str]:
+    """The verdicts of the default collection."""
+    path = Path("reports/scorecard.json")
+    rows = []
+    for verdict in read_json(path)["verdicts"] if path.exists() else ():
+        because = re.sub(r"\b(stability|capacity|density|constraints|speed)\.", "", verdict["because"])
+        because = because.replace(f"{verdict['dataset']}-", "").replace("_", " ")
+        rows.append([str(verdict["id"]), verdict["claim"], verdict["verdict"], because])
+    return markdown("|claim|verdict|measured", rows)
+
+
+def bits(metrics: Entry) -> str:
+    if found := metrics.get("bits_per_dim"):
+        return f"{found['value']:.3f} {found['kind']}"
+    if found := metrics.get("ode_bits_per_dim"):
+        return f"{found['value']:.2f} {found['kind']} (n {found['n']})"
+    return "–"
+
+
+def frechet(metrics: Entry) -> list[str]:
+    """Distance and floor, share of the control, n."""
+    found = metrics.get("frechet_distance")
+    if not found:
+        return ["–", "–", "–"]
+    return [f"{found['value']:.1f} ({found['floor']:.2f})", f"{found['relative']:.3f}", f"{found['n']:,}"]
+
+
+def number(figure: Entry | None, form: str) -> str:
+    return form.format(figure["value"]) if figure else "–"
+
+
+def beside(figure: Entry | None, form: str) -> str:
+    """A figure with what real documents score."""
+    if not figure:
+        return "–"
+    return form.format(figure["value"]) + (f" ({form.format(figure['floor'])})" if "floor" in figure else "")
+
+
+def linked(paper: str) -> str:
+    """The arXiv numbers of a paper's line as links; the line itself where it has none."""
+    numbers = re.findall(r"\d{4}\.\d{5}|\d{4}\.\d{4}", paper)
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers) or paper
+
+
+def markdown(headings: str, rows: list[list[str]]) -> list[str]:
+    """A table with the headings between bars; nothing where there are no rows."""
+    if not rows:
+        return []
+    lines = [f"| {' | '.join(row)} |" for row in (headings.split("|"), *rows)]
+    return [lines[0], "|" + "---|" * len(headings.split("|")), *lines[1:]]
+
+
+if __name__ == "__main__":
+    main()
