@@ -263,7 +263,8 @@ def build(
     inherits = family_class(family).inherits
     if inherits and not isinstance(parent, inherits):
         raise UserError(f"family '{family}' needs a parent that {_does(inherits)}: {type(parent).__name__} does not")
-    return family_class(family)(spec, parent=parent.eval().requires_grad_(False), **params)
+    frozen: dict[str, Any] = {"parent": parent.eval().requires_grad_(False)}
+    return family_class(family)(spec, **frozen, **params)
 
 
 def example(family: str, spec: DataSpec, params: dict[str, Any]) -> Family:
