@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from genus.contract import Batch
 from genus.data.spec import DataSpec
-from genus.families.flows._coupling import Convolutions, CouplingFlow
+from genus.families.flows._coupling import Convolutions, CouplingFlow, Mixing
 from genus.families.flows.glow import Glow
-from genus.families.flows.spline import LEAST, Bend, Mixing, Spline
+from genus.families.flows.spline import LEAST, Bend, Spline
 from genus.nn.dequantisation import LOG_2PI
 
 TRAIN = Path(__file__).parents[1] / "data" / "processed" / "fashion-mnist" / "train.npy"
@@ -116,7 +116,7 @@ def copy_weights(ours: Spline, theirs: nn.Module) -> None:
 PARTS = ("ActNorm", "OneByOneConvolution", "PiecewiseRationalQuadraticCouplingTransform")
 
 
-def losses(ours: Glow | CouplingFlow, theirs: nn.Module, peer: Callable[[Tensor], Tensor]) -> tuple[Loss, Loss]:
+def losses(ours: CouplingFlow, theirs: nn.Module, peer: Callable[[Tensor], Tensor]) -> tuple[Loss, Loss]:
     """Of both on stored images; ``peer``: the log-density of reals. The noise is drawn by one generator each."""
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
 
@@ -169,7 +169,7 @@ class Race:
         return self.seconds
 
 
-def race(title: str, ours: Glow | CouplingFlow, theirs: nn.Module, peer: Callable, images: np.ndarray) -> None:
+def race(title: str, ours: CouplingFlow, theirs: nn.Module, peer: Callable, images: np.ndarray) -> None:
     mine, other = losses(ours, theirs, peer)
     both = [Race("ours", ours, mine, images), Race(title, theirs, other, images)]
     for each in both:  # what is set up at the first call is no training

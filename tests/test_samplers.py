@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from genus.samplers import Next, annealed_langevin, documents, langevin, leftover, next_token, step_rate
+from genus.samplers import (
+    Next,
+    annealed_langevin,
+    documents,
+    heun,
+    karras_levels,
+    langevin,
+    leftover,
+    next_token,
+    step_rate,
+)
 
 N = 30_000  # draws; the variance of a Gaussian is then known to √(2/N) = 0.8%
 
@@ -102,6 +113,68 @@ def test_a_rate_that_cannot_follow_the_ladder_is_refused() -> None:
         annealed_langevin(
             lambda x, sigma: -x, torch.zeros(1), [2.0, 1.0], rate=0.1, steps=1, generator=torch.Generator()
         )
+
+
+def test_karras_levels_are_even_in_their_seventh_root() -> None:
+    levels = karras_levels(80.0, 0.002, 18)
+    assert len(levels) == 18 and levels[0] == pytest.approx(80) and levels[-1] == pytest.approx(0.002)
+    gaps = [a ** (1 / 7) - b ** (1 / 7) for a, b in pairwise(levels)]
+    assert max(gaps) - min(gaps) < 1e-12
+    with pytest.raises(ValueError, match="steps are at least 2"):
+        karras_levels(80.0, 0.002, 1)
+
+
+def flowed(steps: int, spread: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What Heun makes of noise for N(0, spread²) data, what the flow makes of it, and how often the score was asked."""
+    generator, calls = torch.Generator().manual_seed(5), []
+    start = 20 * torch.randn(50, generator=generator, dtype=torch.float64)
+
+    def score(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        calls.append(sigma)
+        return -x / (spread**2 + sigma**2)
+
+    before = generator.get_state()
+    end = heun(score, start, karras_levels(20.0, 0.001, steps), generator=generator)
+    assert torch.equal(before, generator.get_state()), "without churn nothing is drawn"
+    return end, start * spread / math.hypot(spread, 20.0), len(calls)
+
+
+def test_heun_is_of_second_order_along_the_flow_of_a_gaussian() -> None:
+    """The flow carries x in proportion to √(v + sigma²): twice the steps leave a quarter of the error."""
+    errors = {}
+    for steps in (20, 40, 80):
+        end, true, calls = flowed(steps)
+        errors[steps] = ((end - true) / true).abs().max().item()
+        assert calls == 2 * steps - 1
+    assert errors[20] < 0.05 and errors[80] < 2e-3
+    assert 3.5 < errors[20] / errors[40] < 4.8 and 3.8 < errors[40] / errors[80] < 4.4
+
+
+def test_churn_leaves_the_variance_of_the_closed_form() -> None:
+    """For Gaussian data every part of a step is linear, so that the variance after all of them is known."""
+    var, sigmas, churn, churned, inflate = 0.25, karras_levels(20.0, 0.01, 12), 6.0, (0.05, 5.0), 1.01
+    generator = torch.Generator().manual_seed(6)
+    x = 20 * torch.randn(N, generator=generator, dtype=torch.float64)
+    expected, last = 400.0, [*sigmas[1:], 0.0]
+    for now, then in zip(sigmas, last, strict=True):
+        if churned[0] <= now <= churned[1]:
+            raised = now * (1 + min(churn / 12, math.sqrt(2) - 1))
+            expected += inflate**2 * (raised**2 - now**2)
+            now = raised
+        slope = now / (var + now**2)
+        euler = 1 + (then - now) * slope
+        factor = euler if then == 0 else 1 + (then - now) / 2 * (slope + euler * then / (var + then**2))
+        expected *= factor**2
+    x = heun(
+        lambda x, sigma: -x / (var + sigma**2),
+        x,
+        sigmas,
+        generator=generator,
+        churn=churn,
+        churned=churned,
+        inflate=inflate,
+    )
+    assert off(x, expected) < 4 and abs(expected / var - 1) > 0.02, "what is expected is not simply the data's"
 
 
 def scripted(rows: list[list[int]], vocabulary: int = 4) -> tuple[Next, list[list[list[int]]]]:

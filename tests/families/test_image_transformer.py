@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from genus.contract import Batch
 from genus.data.spec import DataSpec
-from genus.families.autoregressive.image_transformer import Attention, ImageTransformer
+from genus.families.autoregressive.image_transformer import ImageTransformer
 from genus.nn import logistic
+from genus.nn.raster import Attention
 
 
 def _model(spec: DataSpec, **params) -> ImageTransformer:
@@ -99,9 +100,10 @@ def test_probabilities_of_all_images_sum_to_one():
 @torch.no_grad()
 def _naive_sample(model: ImageTransformer, n: int, generator: torch.Generator, seen: list) -> torch.Tensor:
     """One full forward pass a value."""
-    x = torch.zeros(n, model.values, model.rows, model.columns, dtype=model.place.dtype)
-    for r, c, j in itertools.product(range(model.rows), range(model.columns), range(model.values)):
-        all_parameters = model.conditionals(x).unflatten(2, (n, model.rows, model.columns))
+    net = model.network
+    x = torch.zeros(n, net.values, net.rows, net.columns, dtype=net.place.dtype)
+    for r, c, j in itertools.product(range(net.rows), range(net.columns), range(net.values)):
+        all_parameters = model.conditionals(x).unflatten(2, (n, net.rows, net.columns))
         parameters = all_parameters[j, None, :, :, r, c]
         seen.append(parameters)
         x[:, j, r, c] = logistic.sample(parameters, model.spec.levels, generator=generator)[0]

@@ -8,24 +8,23 @@ from torch import Tensor
 from genus.contract import Batch
 from genus.data.spec import DataSpec
 from genus.families.flows.tarflow import MAX_LOG_SCALE, TarFlow, bend, unbend
+from tests.families.flow_checks import (
+    assert_bijective,
+    assert_refuses_what_is_no_example,
+    assert_temperature_matters,
+    randomised,
+    seeded,
+)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randomised(spec: DataSpec, scale: float = 0.1, **params) -> TarFlow:
+def tiny(spec: DataSpec, scale: float = 0.1, **params) -> TarFlow:
     """A tiny flow in float64 with random weights: where it starts, near the identity, wrong Jacobians would pass.
 
     An autoregressive inverse multiplies errors from value to value: the wilder the weights, the fewer the values.
     """
     small = {"mixtures": (3, 2), "layers": 1, "channels": 8, "heads": 2, "above": 1, "head": 16}
     torch.manual_seed(0)
-    model = TarFlow(spec, **(small | params)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return model
+    return randomised(TarFlow(spec, **(small | params)).eval(), scale)
 
 
 def images(spec: DataSpec, n: int) -> Tensor:
@@ -69,24 +68,20 @@ def test_a_mixture_of_components_gives_standard_logistic_values() -> None:
 @pytest.mark.parametrize("levels", [17, 0])
 @pytest.mark.parametrize("mixtures", [(1, 1, 1), (3, 1)], ids=str)
 def test_whole_flow_log_det_and_inverse(shape: tuple[int, ...], levels: int, mixtures: tuple[int, ...]) -> None:
-    model = randomised(DataSpec(shape, levels), mixtures=mixtures)
+    model = tiny(DataSpec(shape, levels), mixtures=mixtures)
     y = torch.randn(1, *shape, dtype=torch.float64, generator=seeded(8))
-    z, log_det = model.flow(y)
-    jacobian = torch.autograd.functional.jacobian(lambda y: model.flow(y)[0].flatten(), y).reshape(y.numel(), -1)
-    assert abs(log_det).item() > 0.1, "the test says nothing of a flow that changes no volume"
-    assert abs(jacobian.slogdet().logabsdet - log_det).item() <= 1e-9
-    assert (model.unflow(z) - y).abs().max() <= 1e-9
+    assert_bijective(model.flow, model.unflow, y)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_value_of_a_flow_depends_on_exactly_the_earlier_ones(index: int) -> None:
     """The Jacobian of the maps, by what is seen of each value, is strictly lower triangular, and full below that."""
-    model = randomised(DataSpec((1, 6, 6), 17), above=2)
+    model = tiny(DataSpec((1, 6, 6), 17), above=2)
     see, flow = model._stack()[index]
     influence = torch.zeros(36, 36, dtype=torch.float64)
     for y in torch.randn(4, 1, 1, 6, 6, dtype=torch.float64, generator=seeded(9)):
         seen = see(F.pixel_unshuffle(y, 2)).requires_grad_()
-        found = flow.conditionals(seen)  # [D, 3K, P]
+        found = flow.network(seen)  # [D, 3K, P]
         mixed = (found * torch.linspace(0.5, 1.5, found.shape[1], dtype=found.dtype).view(1, -1, 1)).sum(1)
         for place, value in enumerate(mixed.T.flatten()):
             (gradient,) = torch.autograd.grad(value, seen, retain_graph=True)
@@ -97,7 +92,7 @@ def test_a_value_of_a_flow_depends_on_exactly_the_earlier_ones(index: int) -> No
 
 def test_flows_take_turns_in_direction() -> None:
     """The second flow begins where the first one ends: in the last pixel."""
-    model = randomised(DataSpec((1, 6, 6), 17))
+    model = tiny(DataSpec((1, 6, 6), 17))
     (first_sees, first), (second_sees, second) = model._stack()
     y = torch.randn(1, 1, 6, 6, dtype=torch.float64, generator=seeded(10))
     turned = first(y, first_sees)[0].flip(2, 3)
@@ -106,7 +101,7 @@ def test_flows_take_turns_in_direction() -> None:
 
 def test_in_single_precision_the_inverse_is_exact_to_a_hundred_thousandth() -> None:
     spec = DataSpec((1, 8, 8))
-    model = randomised(spec, 0.03).float()
+    model = tiny(spec, 0.03).float()
     y = torch.randn(8, 1, 8, 8, generator=seeded(11))
     with torch.no_grad():
         assert (model.unflow(model.flow(y)[0]) - y).abs().max() <= 1e-5
@@ -115,7 +110,7 @@ def test_in_single_precision_the_inverse_is_exact_to_a_hundred_thousandth() -> N
 def test_the_density_integrates_to_one_and_log_prob_bounds_its_share_of_each_image() -> None:
     """Two pixels of two levels: by quadrature over the plane, whose quadrants are the images, and by E_u[exp]."""
     spec = DataSpec((1, 1, 2), levels=2)
-    model = randomised(spec, block=1)
+    model = tiny(spec, 0.05, block=1)
     side = (torch.arange(320, dtype=torch.float64) - 159.5) / 8  # the levels meet at 0, between two of these
     y = torch.cartesian_prod(side, side).view(-1, 1, 1, 2)
     x = spec.to_float(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])).double().view(4, 1, 1, 2)
@@ -130,7 +125,7 @@ def test_the_density_integrates_to_one_and_log_prob_bounds_its_share_of_each_ima
 
 def test_codes_are_as_large_as_images_standard_normal_and_come_back() -> None:
     spec = DataSpec((3, 8, 8))
-    model = randomised(spec, 0.03)
+    model = tiny(spec, 0.03)
     x = images(spec, 4)
     with torch.no_grad():
         model.initialise(Batch(x), generator=seeded(13))
@@ -149,18 +144,14 @@ def test_the_base_is_a_standard_normal_code() -> None:
 
 
 def test_temperature_zero_is_one_image_and_one_is_many() -> None:
-    model = randomised(DataSpec((1, 8, 8), 17))
-    cold = model.sample(4, generator=seeded(14), temperature=0.0)
-    warm = model.sample(4, generator=seeded(14))
-    assert (cold == cold[:1]).all()
-    assert warm.std(0).max() > 0
+    assert_temperature_matters(tiny(DataSpec((1, 8, 8), 17)))
 
 
 @pytest.mark.parametrize(
     ("spec", "options", "says"),
     [
-        (DataSpec((1, 7, 8)), {}, "7x8 image cannot be cut into 2x2 patches"),
-        (DataSpec((9,), 0, alphabet="ab"), {}, "not for text"),
+        (DataSpec((1, 7, 8)), {}, "7x8 image cannot be cut into 2x2 blocks"),
+        (DataSpec((9,), 0, alphabet="ab"), {}, "TarFlow is for images and vectors, not for text"),
         (DataSpec((1, 8, 8)), {"mixtures": ()}, "one number from 1 up for each flow"),
         (DataSpec((1, 8, 8)), {"channels": 30, "heads": 4}, "30 is none of 4"),
     ],
@@ -170,7 +161,5 @@ def test_what_cannot_work_is_named(spec: DataSpec, options: dict, says: str) -> 
         TarFlow(spec, **options)
 
 
-def test_log_prob_refuses_nan() -> None:
-    model = randomised(DataSpec((1, 8, 8)))
-    with pytest.raises(ValueError, match="NaN"):
-        model.log_prob(Batch(torch.full((1, 1, 8, 8), float("nan"))), generator=seeded(15))
+def test_refuses_what_is_no_image() -> None:
+    assert_refuses_what_is_no_example(tiny(DataSpec((1, 8, 8))))

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genus.contract import Decodes, Encodes, Samples, Walks
-from genus.evaluation import metrics
+from genus.contract import Decodes, Denoises, Encodes, Samples, Walks
+from genus.data.sources import two_d as known
+from genus.evaluation import metrics, two_d
 from genus.evaluation.evaluate import Task
 from genus.pictures import grid
 
@@ -20,16 +21,17 @@ SHOWN, ROWS, COLUMNS = 64, 6, 10
 class Picture(NamedTuple):
     name: str
     needs: tuple[type, ...]
-    draw: Callable[[Task], np.ndarray]  # uint8 [H, W] or [H, W, 3]
+    draw: Callable[[Task], np.ndarray | None]  # uint8 [H, W] or [H, W, 3]; None: there is nothing to show
 
 
 def gallery(task: Task) -> dict[str, np.ndarray]:
     """All pictures whose capabilities the model has, by name. Seeds are the same for every model."""
-    return {
+    drawn = {
         picture.name: picture.draw(task)
         for picture in PICTURES
         if all(isinstance(task.model, needed) for needed in picture.needs)
     }
+    return {name: pixels for name, pixels in drawn.items() if pixels is not None}
 
 
 def samples(task: Task) -> np.ndarray:
@@ -85,6 +87,14 @@ def trajectory(task: Task) -> np.ndarray:
     return _sheet(task, _stored(task, frames.transpose(0, 1).flatten(0, 1)), frames.shape[0])
 
 
+def field(task: Task) -> np.ndarray | None:
+    """True and learnt scores side by side, where the data's density is known."""
+    shape = known.shape_of(task.data.description)
+    if shape is None:
+        return None
+    return two_d.fields(task.model, known.truth(shape, task.data.spec.levels), device=task.device)
+
+
 def _stored(task: Task, x: Tensor) -> np.ndarray:
     return task.data.spec.to_stored(x.float()).cpu().numpy()
 
@@ -99,4 +109,5 @@ PICTURES = (
     Picture("interpolation", (Decodes,), interpolation),
     Picture("reconstruction", (Encodes, Decodes), reconstruction),
     Picture("trajectory", (Walks,), trajectory),
+    Picture("field", (Denoises,), field),
 )

@@ -3,7 +3,8 @@
 The figure is KL(truth || model) = Σ p ln(p / q) over all cells of the square, in nats: 0 for the truth itself, and
 ln(cells) - entropy for a model that knows nothing. What a model can say decides how q is found, as everywhere: an exact
 log-probability is summed, a bound is averaged over repeated draws, a denoiser's density is that of its probability-flow
-ODE, and samples alone give a picture and no figure.
+ODE, and samples alone give a picture and no figure. A denoiser is asked for its score as well, which is known too, with
+any noise added.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SAMPLES = 20_000
 COARSE = 16  # cells a side in which shares are compared
 LIGHTEST = 1e-30  # the least probability of a cell, so that a model that rules out what happens still has a figure
 SIZE = 160  # pixels of a picture's side
+NOISES, SCORED = 8, 2000  # levels at which a score is compared with the true one, and most examples at each
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def measure(model: Family, truth: np.ndarray, *, seed: int, device: torch.device
         bounds = weighed = [each.nats for each in found]
         kind = found[0].kind
         figures |= {"nfe": found[0].nfe, "tolerance": TOLERANCE}
+        some = np.random.default_rng(seed).choice(levels**2, SCORED, p=truth.ravel())
+        figures |= {"score_error": score_error(model, truth, cells(levels)[some], generator=generator)}
     elif isinstance(model, Samples):
         shares = count(draw(model, SAMPLES, seed=seed, device=device, batch_size=SAMPLES, quiet=True), levels)
         return figures | {"variation": variation(truth, shares)}, smoothed(shares)
@@ -166,6 +170,73 @@ def excess(task: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     value, low, high = mean_interval(lacks)
     figure = {"value": value, "low": low, "high": high, "n": len(lacks), "kind": task.model.density, "floor": 0.0}
     return {"excess_nats": figure}, {}
+
+
+def score_excess(task: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """``score_error`` on test examples, as a row of the evaluator's metrics; none where no density is known."""
+    shape = two_d.shape_of(task.data.description)
+    if shape is None:
+        return {}, {}
+    stored = torch.from_numpy(np.array(task.data.split("test")[:SCORED])).long()
+    truth = two_d.truth(shape, task.data.spec.levels)
+    return {"score_error": score_error(task.model, truth, stored, generator=task.generator(20))}, {}
+
+
+@torch.inference_mode()
+def score_error(model: Any, truth: np.ndarray, stored: Tensor, *, generator: torch.Generator) -> dict[str, Any]:
+    """E|s - s*|² / E|s*|² for the score s of a model that ``Denoises`` and the true one, s*: 0 is best, 1 says nothing.
+
+    {"value", "low", "high", "n", "kind", "floor", "levels"}: the mean over 8 noise levels, evenly spaced in ln sigma up
+    to the model's highest, with the 95% interval over examples, and the value at each. The lowest is the model's, but
+    no less than the width of a cell: with less noise the true density is a staircase. The expectations are over
+    examples ``stored`` [N, 2, 1, 1] with noise added, from the density whose cells hold ``truth`` [L, L].
+    """
+    spec, device, values, spread = model.spec, generator.device, [], np.zeros(len(stored))
+    sigmas = np.geomspace(max(min(model.sigmas), 2 / (spec.levels - 1)), max(model.sigmas), NOISES)
+    clean = spec.to_float(stored.to(device))
+    for sigma in sigmas:
+        within = torch.rand(clean.shape, generator=generator, device=device) - 0.5
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        x = clean + within * 2 / (spec.levels - 1) + float(sigma) * noise
+        true = noised(truth, x, float(sigma))[1]
+        far = (learnt_score(model, x, float(sigma)) - true).square().sum(1).cpu().numpy()
+        size = true.square().sum(1).cpu().numpy()
+        values.append(float(far.mean() / size.mean()))
+        spread += (far - values[-1] * size) / size.mean() / NOISES  # each example's part in the ratio's error
+    value, error = float(np.mean(values)), float(spread.std(ddof=1) / math.sqrt(len(spread)))
+    figure = {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "n": len(stored)}
+    by_level = [{"sigma": float(sigma), "value": each} for sigma, each in zip(sigmas, values, strict=True)]
+    return figure | {"kind": "score", "floor": 0.0, "levels": by_level}
+
+
+def learnt_score(model: Any, x: Tensor, sigma: float) -> Tensor:
+    """The score at ``x`` [B, 2, 1, 1] that a denoiser implies (Tweedie's formula): float64 [B, 2]."""
+    clean = model.denoise(x, torch.full((len(x),), sigma, device=x.device, dtype=x.dtype))
+    return (clean - x).double().flatten(1) / sigma**2
+
+
+def noised(truth: np.ndarray, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The density and its score at ``x`` [B, 2, 1, 1] with Gaussian noise ``sigma`` added: float64 [B] and [B, 2].
+
+    Exact, in the units of DataSpec, for data that is spread evenly over each cell of ``truth`` [L, L]: a cell with
+    noise is a product of differences of normal distribution functions. 0 and 0 where the density is below 1e-300.
+    """
+    levels, p = len(truth), torch.from_numpy(truth).to(x.device)
+    edges = (2 * torch.arange(levels + 1, device=x.device, dtype=torch.float64) - 1) / (levels - 1) - 1
+    z = (x.double().flatten(1)[:, :, None] - edges) / sigma  # [B, 2, L + 1], falling
+    upper, lower = z[..., :-1], z[..., 1:]
+    # On the side where both differences are small, or they would be lost in 1 - 1.
+    turn = lower > 0
+    near, far = torch.where(turn, -lower, upper), torch.where(turn, -upper, lower)
+    mass = torch.special.ndtr(near) - torch.special.ndtr(far)
+    bell = torch.exp(-0.5 * z.square()) / (sigma * math.sqrt(2 * math.pi))
+    (mass_x, mass_y), (slope_x, slope_y) = mass.unbind(1), (bell[..., :-1] - bell[..., 1:]).unbind(1)
+    along = mass_y @ p.T
+    total = (mass_x * along).sum(1)
+    slope = torch.stack([(slope_x * along).sum(1), (mass_x * (slope_y @ p.T)).sum(1)], 1)
+    there = total > 1e-300
+    score = torch.where(there[:, None], slope / total.clamp(min=1e-300)[:, None], 0.0)
+    return torch.where(there, total, 0.0) * ((levels - 1) / 2) ** 2, score
 
 
 def cells(levels: int) -> Tensor:
@@ -232,6 +303,37 @@ def picture(table: np.ndarray, top: float | None = None) -> np.ndarray:
     zoom = max(1, round(SIZE / len(table)))
     colours = (colormaps["viridis"](shown)[..., :3] * 255).round().astype(np.uint8)
     return colours.repeat(zoom, 0).repeat(zoom, 1)
+
+
+@torch.inference_mode()
+def fields(model: Any, truth: np.ndarray, *, device: torch.device) -> np.ndarray:
+    """True and learnt scores as arrows over the density, at three noise levels: uint8 [H, W, 3].
+
+    Arrows are sigma · score, to one scale a row, where the density is at least a thousandth of its highest: elsewhere
+    there is nothing to learn from.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 9.6), dpi=100, layout="constrained")
+    rows = figure.subplots(3, 2, sharex=True, sharey=True)
+    low, high = min(model.sigmas), max(model.sigmas)
+    fine, rough = (torch.linspace(-1, 1, count, device=device) for count in (96, 24))
+    for axes, sigma in zip(rows, np.geomspace(4 * low, high / 2, 3).tolist(), strict=True):
+        grid, at = (torch.cartesian_prod(side, side)[:, :, None, None] for side in (fine, rough))
+        density = noised(truth, grid, sigma)[0]
+        there, true = noised(truth, at, sigma)
+        some = (there > 1e-3 * density.max()).cpu().numpy()
+        shown = density.view(len(fine), len(fine)).T.cpu().numpy()
+        (x, y), longest = at.flatten(1).T.cpu().numpy()[:, some], sigma * float(true.norm(dim=1)[some].max())
+        for axis, name, score in zip(axes, ("true", "learnt"), (true, learnt_score(model, at, sigma)), strict=True):
+            axis.imshow(shown, origin="lower", extent=(-1, 1, -1, 1), cmap="viridis")
+            u, v = sigma * score.T.cpu().numpy()[:, some]
+            axis.quiver(x, y, u, v, color="white", angles="xy", scale=8 * longest, width=0.004)
+            axis.set(title=f"{name}, sigma {sigma:.2g}", xticks=(), yticks=())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _scored(model: Any, grid: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from genus import samplers
-from genus.contract import Batch, Family, Terms
+from genus.contract import Batch, Terms
 from genus.data.spec import DataSpec
+from genus.families.autoregressive._text import TextModel
 
 SHUT = -1000.0  # added to a gate: nothing else that it adds up comes near, so its sigmoid and its gradient are 0
 
 Memory = tuple[tuple[Tensor, Tensor], ...]  # of each layer output and cell, both [1, B, hidden]
 
 
-class LSTM(Family):
+class LSTM(TextModel):
     """log p(document) = sum of log p(token | all tokens before it), exactly; the loss is in nats per token.
 
     ``hidden``: cells a layer. ``embedding``: numbers a token becomes. ``context``: tokens a window, that is how far
@@ -38,9 +39,7 @@ class LSTM(Family):
     """
 
     paper = "Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; Zaremba et al. 2014, arXiv:1409.2329"
-    density = "exact"
     widths = ("hidden",)
-    kinds = ("text",)
     carried: Tensor
 
     def __init__(
@@ -54,8 +53,6 @@ class LSTM(Family):
         dropout: float = 0.0,
     ):
         super().__init__(spec)
-        if spec.kind != "text":
-            raise ValueError(f"an LSTM is for text, not for data of shape {spec.shape} without an alphabet")
         self.hidden, self.context, self.dropout = hidden, context, dropout
         self.embedding = nn.Embedding(spec.vocabulary, embedding)
         self.layers = nn.ModuleList(
@@ -121,20 +118,8 @@ class LSTM(Family):
             kept.append(after)
         return self.head(self._drop(h, generator)), tuple(kept)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        generator: Generator,
-        cond: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        length: int = 0,
-        prompt: str = "",
-    ) -> Tensor:
-        """int64 [n, T]: documents that begin with ``prompt``, zeros after their end. Knobs: samplers.documents."""
+    def reader(self, n: int) -> samplers.Next:
+        """Reads ``n`` documents, their memory at hand."""
         memory = self.blank(n)
 
         def follow(tokens: Tensor) -> Tensor:
@@ -142,18 +127,7 @@ class LSTM(Family):
             logits, memory = self.read(tokens, memory)
             return logits[:, -1]
 
-        return samplers.documents(
-            follow,
-            n,
-            prompt=self.spec.tokens(prompt),
-            longest=self.spec.shape[0],
-            generator=generator,
-            device=self.head.weight.device,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            length=length,
-        )
+        return follow
 
     def _layers(self) -> list[nn.LSTM]:
         return cast("list[nn.LSTM]", list(self.layers))

@@ -4,8 +4,8 @@ van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders",
 Salimans et al. 2017, "PixelCNN++", arXiv:1701.05517 (the likelihood, shifts instead of masks).
 
 The image is folded: each ``block`` x ``block`` square of pixels, all its colours, is one position of the two stacks, in
-raster order, and the values inside a position are conditioned on one another in the head, as PixelCNN++ conditions a
-pixel's colours. That is an exact factorisation like any other order; with 2 x 2 blocks it costs a quarter an image.
+raster order, and the values inside a position are conditioned on one another in the head (genus.nn.head). That is an
+exact factorisation like any other order; with 2 x 2 blocks it costs a quarter an image.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import Generator, Tensor, nn
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
 from genus.nn import logistic
+from genus.nn.head import Head
 
 WAVES = (math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi)  # radians a unit of x
+LOG_SCALE = -2.0  # of components that start spread over the range: wide enough to overlap
 
 
 class Layer(nn.Module):
@@ -53,39 +55,6 @@ class Layer(nn.Module):
         """``horizontal`` at one position: itself and the one ``dilation`` before, [B, C]; across(v), [B, 2C]."""
         gated = F.glu(at(self.right, torch.stack([before, h], 2)) + across, 1)
         return h + at(self.mix, gated)
-
-
-class Head(nn.Module):
-    """Mixture parameters of the D values of a position: value j from the position's features and values 0 … j - 1."""
-
-    mask: Tensor
-
-    def __init__(self, channels: int, values: int, width: int, mixtures: int, inputs: int = 2):
-        super().__init__()
-        self.values, self.width = values, width
-        self.features = nn.Linear(channels, values * width)
-        self.earlier = nn.Parameter(0.3 * torch.randn(values * width, inputs * values))
-        self.hidden = nn.Parameter(torch.randn(values, width, width) / math.sqrt(width))
-        self.hidden_bias = nn.Parameter(torch.zeros(values, width, 1))
-        self.out = nn.Parameter(0.1 * torch.randn(values, 3 * mixtures, width) / math.sqrt(width))
-        # Starts with components spread over the range and wide enough to overlap.
-        start = torch.cat([torch.zeros(mixtures), torch.linspace(-1, 1, mixtures), torch.full((mixtures,), -2.0)])
-        self.out_bias = nn.Parameter(start.repeat(values, 1).unsqueeze(-1))
-        mask = torch.ones(values, values).tril(-1).repeat_interleave(width, 0).repeat(1, inputs)
-        self.register_buffer("mask", mask, persistent=False)
-
-    def forward(self, features: Tensor, x: Tensor, only: int | None = None) -> Tensor:
-        """Features [P, channels] and inputs [P, inputs * D] -> mixture parameters [D, 3 * mixtures, P].
-
-        ``only``: those of this value alone, [1, 3 * mixtures, P].
-        """
-        value = slice(None) if only is None else slice(only, only + 1)
-        units = slice(None) if only is None else slice(only * self.width, (only + 1) * self.width)
-        hidden = F.linear(features, self.features.weight[units], self.features.bias[units])
-        hidden = hidden + F.linear(x, self.earlier[units] * self.mask[units])
-        hidden = F.relu(hidden).T.unflatten(0, (-1, self.width))  # [D, width, P]
-        hidden = F.relu(torch.baddbmm(self.hidden_bias[value], self.hidden[value], hidden))
-        return torch.baddbmm(self.out_bias[value], self.out[value], hidden)
 
 
 class PixelCNN(Family):
@@ -123,7 +92,8 @@ class PixelCNN(Family):
         if spec.flat:
             self.place_h = nn.Parameter(torch.randn(channels, 1, 1))
             self.layers = nn.ModuleList()
-            self.head = Head(channels, self.values, 2 * head, 4 * mixtures, 2 + 2 * len(WAVES))
+            means = torch.linspace(-1, 1, 4 * mixtures)
+            self.head = Head(channels, self.values, 2 * head, means, LOG_SCALE, inputs=2 + 2 * len(WAVES))
             return
         self.first_down = nn.Conv2d(2 * self.values, channels, (2, 3))
         self.first_right = nn.Conv2d(2 * self.values, channels, (1, 2))
@@ -132,7 +102,7 @@ class PixelCNN(Family):
         self.place_h = nn.Parameter(torch.zeros(channels, self.rows, self.columns))
         # 1, 2, 4, 1, …: sums of these reach every offset, so the receptive field has no holes.
         self.layers = nn.ModuleList(Layer(channels, 2 ** (k % 3)) for k in range(layers))
-        self.head = Head(channels, self.values, head, mixtures)
+        self.head = Head(channels, self.values, head, torch.linspace(-1, 1, mixtures), LOG_SCALE)
 
     def stack(self) -> list[Layer]:
         """The gated layers, first to last."""

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from genus import samplers
-from genus.contract import Batch, Family, Terms
+from genus.contract import Batch, Terms
 from genus.data.spec import DataSpec
+from genus.families.autoregressive._text import TextModel
 
 
 class Cache(NamedTuple):
@@ -32,7 +33,7 @@ class Cache(NamedTuple):
     blocks: list[tuple[Tensor, Tensor]]  # keys and values [B, heads, t, width / heads], of every block
 
 
-class Transformer(Family):
+class Transformer(TextModel):
     """log p(document) = sum of log p(token | tokens before it in its window), exactly; the loss is in nats per token.
 
     A window is ``context`` tokens, the first an end of a document. Documents that are longer go on in windows that each
@@ -45,9 +46,7 @@ class Transformer(Family):
     """
 
     paper = "Vaswani et al. 2017, arXiv:1706.03762; Su et al. 2021, arXiv:2104.09864"
-    density = "exact"
     widths = ("width",)
-    kinds = ("text",)
     turns: Tensor
 
     def __init__(
@@ -62,8 +61,6 @@ class Transformer(Family):
         wide: int = 4,
     ):
         super().__init__(spec)
-        if spec.kind != "text":
-            raise ValueError(f"this Transformer is for text, not for data of shape {spec.shape} without an alphabet")
         if width % (2 * heads):
             raise ValueError(f"width {width} is no multiple of twice the {heads} heads")
         if context < 2 or context % 2:
@@ -129,23 +126,8 @@ class Transformer(Family):
             h = h + F.pad(F.embedding(x[:, :-distance], self.tables[distance]), (0, 0, distance, 0))
         return h
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        generator: Generator,
-        cond: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        length: int = 0,
-        prompt: str = "",
-    ) -> Tensor:
-        """int64 [n, T]: documents that begin with ``prompt``, zeros after their end. Knobs: samplers.documents.
-
-        From the distribution that ``log_prob`` is of. Keys and values are computed once a window.
-        """
+    def reader(self, n: int) -> samplers.Next:
+        """Reads ``n`` documents; keys and values are computed once a window."""
         seen, start, cache = torch.zeros(n, 0, dtype=torch.int64, device=self.head.weight.device), 0, None
 
         def follow(tokens: Tensor) -> Tensor:
@@ -157,18 +139,7 @@ class Transformer(Family):
             logits, cache = self.read(tokens, cache)
             return logits[:, -1]
 
-        return samplers.documents(
-            follow,
-            n,
-            prompt=self.spec.tokens(prompt),
-            longest=self.spec.shape[0],
-            generator=generator,
-            device=self.head.weight.device,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            length=length,
-        )
+        return follow
 
 
 class Block(nn.Module):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from genus.contract import Batch, Family, Terms
+from genus.contract import Batch
 from genus.data.spec import DataSpec
+from genus.families.flows._flow import NormalizingFlow
 from genus.nn.dequantisation import LOG_2PI, Dequantise, Gaussianise, Logit
 
 
@@ -44,14 +45,13 @@ class Prior(Layer):
         raise NotImplementedError
 
 
-class CouplingFlow(Family):
+class CouplingFlow(NormalizingFlow):
     """A flow of scales of layers, which its heir puts into ``scales``; ``priors``: one a scale, or none at all.
 
     ``onto_reals``: "gaussianise", or "logit" with its ``alpha`` (genus.nn.dequantisation).
     Raises ValueError for what is no image [C, H, W], whose sides can't be halved once a scale, and for a single number.
     """
 
-    density = "dequantised"
     widths: ClassVar[tuple[str, ...]] = ("hidden",)
 
     def __init__(self, spec: DataSpec, scales: int, *, onto_reals: str, alpha: float):
@@ -66,7 +66,6 @@ class CouplingFlow(Family):
         if not spec.flat and (height % 2**scales or width % 2**scales):
             raise ValueError(f"{height}x{width} can't be halved {scales} times: give fewer scales")
         self.fold = 1 if spec.flat else 2
-        self.latent = spec.dims
         histogram = onto_reals == "gaussianise" and spec.levels > 0
         self.dequantise = Dequantise(spec, Gaussianise(spec.levels) if histogram else Logit(alpha))
         self.scales = nn.ModuleList()
@@ -96,36 +95,21 @@ class CouplingFlow(Family):
             if index + 1 < len(self.scales):
                 x = x.chunk(2, -1)[0]
 
-    def loss(self, batch: Batch, *, generator: Generator) -> Terms:
-        loss = -self._log_prob(batch.x, generator).mean()
-        return {"loss": loss, "bits_per_dim": loss.detach() / (self.spec.dims * math.log(2))}
-
     def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
-        """[B] nats of the stored levels, a lower bound in expectation over the noise; of continuous data, the density.
+        """Also raises LinAlgError for weights that give no numbers."""
+        return self._finite(super().log_prob(batch, generator=generator), "log-probabilities")
 
-        Raises ValueError for the wrong shape, NaN, or values outside [-1, 1]; LinAlgError for weights that give no
-        numbers.
-        """
-        self.dequantise.check(batch.x)
-        return self._finite(self._log_prob(batch.x, generator), "log-probabilities")
-
-    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """[n, *shape]. ``temperature`` scales the deviation of the code: 0.7 is tidier, less varied.
-
-        Raises LinAlgError as ``decode`` does.
-        """
-        like = next(self.parameters())
-        code = torch.randn(n, self.spec.dims, generator=generator, device=like.device, dtype=like.dtype)
-        return self.decode(code * temperature)
+    def check(self, x: Tensor) -> None:
+        self.dequantise.check(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, D] standard normal code of the middle of each level's cell. Raises what ``log_prob`` does."""
-        self.dequantise.check(x)
+        self.check(x)
         latents, _ = self.flow(self.dequantise(x, generator=None)[0])
         return self._finite(torch.cat([z.flatten(1) for z in latents], 1), "codes")
 
     def decode(self, code: Tensor) -> Tensor:
-        """[B, *shape] of a code [B, D]. Raises LinAlgError for weights by which the flow can't be inverted."""
+        """Raises LinAlgError for weights by which the flow can't be inverted."""
         return self.dequantise.inverse(self._finite(self.unflow(code), "samples"))
 
     def flow(self, y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -213,6 +197,102 @@ class Coupling(Layer):
         return torch.cat([changed, kept] if self.flip else [kept, changed], -1)
 
 
+class Affine(Coupling):
+    """Affine coupling (Dinh et al. 2016, equations 7 and 8): the other half tells shift and scale of every number."""
+
+    def __init__(self, network: nn.Module, bound: float, *, flip: bool = False):
+        super().__init__(network, flip=flip)
+        self.bound = bound
+
+    def bend(self, x: Tensor, parameters: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        raw, shift = parameters.chunk(2, -1)
+        log_scale = self.bound * torch.tanh(raw / self.bound)
+        if inverse:
+            return (x - shift) * (-log_scale).exp(), -log_scale
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+
+class Mixing(Layer):
+    """Actnorm and the invertible 1x1 convolution of Glow (Kingma & Dhariwal 2018, sections 3.1 and 3.2), one product.
+
+    y = W s (x + b), W = P L (U + diag(sign exp(log_diagonal))), which begins as the given matrix [C, C] (eq. 10).
+    """
+
+    permutation: Tensor
+    sign: Tensor
+    eye: Tensor
+
+    def __init__(self, start: Tensor):
+        super().__init__()
+        permutation, lower, upper = torch.linalg.lu(start)
+        diagonal = upper.diagonal()
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+        self.register_buffer("eye", torch.eye(len(start)), persistent=False)
+        self.bias = nn.Parameter(torch.zeros(len(start)))
+        self.log_scale = nn.Parameter(torch.zeros(len(start)))
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+
+    def matrix(self) -> Tensor:
+        """[C, C]: W diag(s)."""
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        return self.permutation @ (self.lower.tril(-1) + self.eye) @ upper * self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):  # rounded, it would not be what inverse() inverts
+            matrix = self.matrix()
+            y = torch.addmm(matrix @ self.bias, x.reshape(-1, x.shape[-1]), matrix.t()).view_as(x)
+        return y, (self.log_scale.sum() + self.log_diagonal.sum()) * (x.shape[1] * x.shape[2])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            exact = torch.linalg.inv(self.matrix().double()).to(y.dtype)
+            return y @ exact.t() - self.bias
+
+    def initialise(self, x: Tensor) -> Tensor:
+        self.bias.copy_(-x.mean((0, 1, 2)))
+        self.log_scale.copy_(-x.std((0, 1, 2)).clamp(min=1e-3).log())
+        return self(x)[0]
+
+
+class Base(Prior):
+    """What the last scale leaves is normal, with a mean and scale a place."""
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(height, width, channels))
+        self.log_scale = nn.Parameter(torch.zeros(height, width, channels))
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x - self.mean) * (-self.log_scale).exp(), -self.log_scale.sum()
+
+    def inverse(self, y: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self.mean + self.log_scale.exp() * y
+
+
+class Conditional(Prior):
+    """What another scale leaves is normal, with a mean and scale that a convolution of what stays tells."""
+
+    def __init__(self, kept: int, out: int):
+        super().__init__()
+        self.network = nn.Conv2d(kept, 2 * out, 3, padding=1)
+        zero(self.network)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, log_scale = self._of(kept)
+        return (x - mean) * (-log_scale).exp(), -flat(log_scale)
+
+    def inverse(self, y: Tensor, kept: Tensor | None = None) -> Tensor:
+        mean, log_scale = self._of(kept)
+        return mean + log_scale.exp() * y
+
+    def _of(self, kept: Tensor | None) -> tuple[Tensor, ...]:
+        assert kept is not None
+        return self.network(kept.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(kept.dtype).chunk(2, -1)
+
+
 class Convolutions(nn.Module):
     """[B, H, W, inputs] to [B, H, W, outputs] by Glow's three layers (its section B): 3x3, 1x1, 3x3, the last of zeros.
 
@@ -249,15 +329,22 @@ class Dense(nn.Module):
 
     The first layer is a sine of many frequencies (Sitzmann et al. 2020, arXiv:2006.09661), ``pace`` radians a unit of
     about normal data: what a coupling must do to a few numbers turns quickly with the others. ``plateaus``: layers that
-    make level ground of it, where it does not turn.
+    make level ground of it, where it does not turn; ``he``: these start as He et al. 2015 (arXiv:1502.01852, eq. 10)
+    have it, with six times PyTorch's variance.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, *, pace: float = 2.0, plateaus: int = 1):
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, *, pace: float = 2.0, plateaus: int = 1, he: bool = False
+    ):
         super().__init__()
         self.first = nn.Linear(inputs, hidden)
         nn.init.normal_(self.first.weight, std=pace / math.sqrt(inputs))
         nn.init.uniform_(self.first.bias, -math.pi, math.pi)
         layers = [layer for _ in range(plateaus) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
+        for layer in layers if he else ():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         self.middle = nn.Sequential(*layers)
         self.last = nn.Linear(hidden, outputs)
         zero(self.last)

@@ -18,11 +18,10 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
-from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
+from genus.families.flows._flow import ShiftAndScale, VectorFlow
 from genus.nn.dequantisation import LOG_2PI
 from genus.nn.made import MADE
-from genus.nn.standardise import Standardise
 
 # Where the data are vectors, radians of the MADEs' sines a unit of about normal data. A mixture's parameters may jump
 # from one number to the next; shifts and scales that do, under one another, wreck each other's training.
@@ -31,7 +30,7 @@ GAIN = 5.0  # of what a MADE says of a mixture: its deviations have far to go
 HALVINGS = 64
 
 
-class MAF(Family):
+class MAF(VectorFlow):
     """``layers`` of shift and scale, then mixtures of ``components``; ``hidden``: units of both layers of each MADE.
 
     An image is a vector of its pixels in raster order (channel by channel): all that MADE knows of places is the order.
@@ -39,92 +38,51 @@ class MAF(Family):
     """
 
     paper = "Papamakarios et al. 2017, arXiv:1705.07057"
-    density = "dequantised"
     widths = ("hidden",)
 
     def __init__(self, spec: DataSpec, *, layers: int = 2, hidden: int = 96, components: int = 16, bound: float = 2.0):
         super().__init__(spec)
-        if spec.kind not in self.kinds:
-            raise ValueError(f"MAF is for images and vectors, not for {spec.kind}")
         if layers < 0 or components < 1:
             raise ValueError(f"layers must be at least 0 and components 1, not {layers} and {components}")
-        self.latent = spec.dims
-        self.standardise = Standardise(spec)
         pitch, gentle = (PITCH, GENTLE) if spec.flat else (0.0, 0.0)
         self.layers = nn.ModuleList(Affine(spec.dims, hidden, bound, gentle) for _ in range(layers))
         self.mixture = Mixture(spec.dims, hidden, components, pitch)
 
-    @torch.no_grad()
-    def initialise(self, batch: Batch, *, generator: Generator) -> None:
-        self.standardise.initialise(batch.x, generator=generator)
+    def normalise(self, y: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """To what the mixtures model. One pass a layer."""
+        for layer in self.layers:
+            y, change = layer(y)
+            y, log_det = y.flip(1), log_det + change
+        return y, log_det
 
-    def loss(self, batch: Batch, *, generator: Generator) -> Terms:
-        loss = -self._log_prob(batch.x, generator).mean()
-        return {"loss": loss, "bits_per_dim": loss.detach() / (self.spec.dims * math.log(2))}
+    def generate(self, code: Tensor) -> Tensor:
+        """D passes a layer."""
+        u = self.mixture.inverse(code)
+        for layer in reversed(self.layers):
+            u = cast("Affine", layer).inverse(u.flip(1))
+        return u
 
-    def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
-        """[B] nats of the stored levels, a lower bound in expectation over the noise; exact for continuous data.
-
-        Raises ValueError for the wrong shape, NaN, or values outside [-1, 1].
-        """
-        self.standardise.check(batch.x)
-        return self._log_prob(batch.x, generator)
+    def encode(self, x: Tensor) -> Tensor:
+        return self.mixture(super().encode(x))
 
     def _log_prob(self, x: Tensor, generator: Generator) -> Tensor:
         u, log_det = self.flow(x, generator)
         return log_det + self.mixture.log_prob(u)
 
-    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """[n, *shape], D passes a layer. ``temperature`` scales the code's deviation."""
-        like = self.standardise.centre
-        noise = torch.randn(n, self.latent, generator=generator, device=like.device, dtype=like.dtype)
-        return self.decode(noise * temperature)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """[B, D] standard normal code of the middle of each level's cell. Raises ValueError as ``log_prob`` does."""
-        self.standardise.check(x)
-        return self.mixture(self.flow(x, None)[0])
-
-    def decode(self, code: Tensor) -> Tensor:
-        """[B, *shape] of a code [B, D]."""
-        with torch.autocast(code.device.type, enabled=False):  # rounded, it would not be what flow() did
-            u = self.mixture.inverse(code)
-            for layer in reversed(self.layers):
-                u = cast("Affine", layer).inverse(u.flip(1))
-            return self.standardise.inverse(u)
-
-    def flow(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """Examples to what the mixtures model, [B, D], and the log-determinant [B]."""
-        with torch.autocast(x.device.type, enabled=False):
-            u, log_det = self.standardise(x, generator=generator)
-            for layer in self.layers:
-                u, change = layer(u)
-                u, log_det = u.flip(1), log_det + change
-            return u, log_det
-
-
-class Affine(nn.Module):
+class Affine(ShiftAndScale):
     """u_i = (x_i - shift_i) exp(-log_scale_i), both of x before i (eq. 4). One pass forward, D passes back."""
 
-    def __init__(self, dims: int, hidden: int, bound: float, pitch: float):
-        super().__init__()
-        self.bound = bound
-        self.made = MADE(dims, hidden, 2, pitch=pitch)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._split(self.made(x))
+        shift, log_scale = self.split(self.made(x))
         return (x - shift) * (-log_scale).exp(), -log_scale.sum(1)
 
     def inverse(self, u: Tensor) -> Tensor:
         def solve(u: Tensor, told: Tensor) -> Tensor:
-            shift, log_scale = self._split(told)
+            shift, log_scale = self.split(told)
             return u * log_scale.exp() + shift
 
         return self.made.unroll(u, solve)[0]
-
-    def _split(self, told: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = told.unbind(-1)
-        return shift, self.bound * torch.tanh(raw / self.bound)
 
 
 class Mixture(nn.Module):

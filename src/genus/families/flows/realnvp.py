@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from genus.data.spec import DataSpec
-from genus.families.flows._coupling import Convolutions, Coupling, CouplingFlow, Dense, Layer
+from genus.families.flows._coupling import Affine, Convolutions, CouplingFlow, Dense, Layer
 
 
 class RealNVP(CouplingFlow):
@@ -68,21 +68,6 @@ class RealNVP(CouplingFlow):
                     layers += [Normalise(channels), Affine(network, bound, flip=index % 2 > 0)]
             self.scales.append(nn.ModuleList(layers))
         self.to(memory_format=torch.channels_last)
-
-
-class Affine(Coupling):
-    """Affine coupling (equations 7 and 8): the other half tells scale and shift of every number."""
-
-    def __init__(self, network: nn.Module, bound: float, *, flip: bool = False):
-        super().__init__(network, flip=flip)
-        self.bound = bound
-
-    def bend(self, x: Tensor, parameters: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        raw, shift = parameters.chunk(2, -1)
-        log_scale = self.bound * torch.tanh(raw / self.bound)
-        if inverse:
-            return (x - shift) * (-log_scale).exp(), -log_scale
-        return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
 
 class Normalise(Layer):
