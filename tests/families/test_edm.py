@@ -144,7 +144,7 @@ def test_learns_what_the_label_says() -> None:
     grey = torch.tensor([-0.8, 0.0, 0.8])
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     generator = seeded(8)
-    for _ in range(100):
+    for _ in range(150):
         labels = torch.randint(3, (32,), generator=generator)
         x = grey[labels][:, None, None, None].expand(32, 1, 8, 8)
         loss = model.loss(Batch(x, labels), generator=generator)["loss"]
@@ -153,7 +153,7 @@ def test_learns_what_the_label_says() -> None:
         optimiser.step()
     cond = torch.arange(3).repeat(4)
     with torch.inference_mode():
-        drawn = model.eval().sample(12, generator=seeded(9), cond=cond).mean((1, 2, 3))
+        drawn = model.eval().sample(12, generator=seeded(9), cond=cond, guidance=1.5).mean((1, 2, 3))
     assert torch.equal((drawn[:, None] - grey).abs().argmin(1), cond)
 
 

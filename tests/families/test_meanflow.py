@@ -85,6 +85,14 @@ def test_acceleration_is_the_derivative_along_the_flow(spec: DataSpec) -> None:
     assert found.abs().max() > 0.1
 
 
+def test_acceleration_has_full_precision_under_autocast() -> None:
+    model, (z, r, t) = stirred().float(), (part.float() for part in points())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.acceleration(z, r, t)
+        assert model.loss(Batch(z), generator=seeded())["loss"].isfinite()
+    torch.testing.assert_close(found, model.acceleration(z, r, t))
+
+
 def test_the_identity_holds_for_gaussian_data() -> None:
     """Equation 6: u = v - (t - r) du/dt."""
     model, (z, r, t) = silent(), points()

@@ -20,10 +20,10 @@ import torch
 
 from genus import progress
 from genus.config import Evaluate
-from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Samples, Scores, Weighs
+from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Quantises, Samples, Scores, Weighs
 from genus.data.loaders import Dataset
 from genus.errors import UserError
-from genus.evaluation import constraints, metrics, ode, two_d
+from genus.evaluation import codes, constraints, metrics, ode, two_d
 from genus.evaluation.judge import accuracy, train_judge
 from genus.evaluation.quality import FRECHET_FROM, Figures, quality
 from genus.sampling import draw
@@ -302,6 +302,8 @@ METRICS = (
     Metric((Scores,), two_d.excess),
     Metric((Weighs,), tighter_bound),
     Metric((Denoises,), probability_flow),
+    Metric((Denoises,), two_d.score_excess),
+    Metric((Quantises,), codes.codes),
     Metric((Samples,), sample_quality),
     Metric((Samples,), sampling),
     Metric((Samples,), knob_curve),

@@ -107,7 +107,7 @@ PICTURES = (
     Picture("samples", (Samples,), samples),
     Picture("nearest", (Samples,), nearest),
     Picture("interpolation", (Decodes,), interpolation),
-    Picture("reconstruction", (Encodes, Decodes), reconstruction),
+    Picture("reconstruction", (Encodes,), reconstruction),
     Picture("trajectory", (Walks,), trajectory),
     Picture("field", (Denoises,), field),
 )

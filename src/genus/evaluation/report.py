@@ -1087,6 +1087,7 @@ STRIPS = {
     "interpolation": "a row a pair, from one code to the other",
     "reconstruction": "test images and what their codes decode to",
     "trajectory": "a sample on its way, from noise to image",
+    "field": "true and learnt scores over the density",
     "nearest": "samples and their nearest training images",
 }
 

@@ -33,19 +33,24 @@ class Block(nn.Module):
 class Whole(nn.Module):
     """Residual: all positions of a few channels through two linear layers.
 
-    Convolutions need many steps to learn that the two halves of a shirt belong together; this sees the whole at once.
+    Convolutions need many steps to learn that the two halves of a shirt belong together; this sees the whole at once,
+    and is told at once what the picture is to be, [B, aside] numbers.
     """
 
-    def __init__(self, width: int, size: int, hidden: int, channels: int = 16):
+    def __init__(self, width: int, size: int, hidden: int, aside: int = 0, channels: int = 16):
         super().__init__()
         self.norm = nn.GroupNorm(width // 8, width)
         self.gather, self.spread = nn.Conv2d(width, channels, 1), nn.Conv2d(channels, width, 1)
         self.inner, self.outer = nn.Linear(channels * size, hidden), nn.Linear(hidden, channels * size)
         nn.init.zeros_(self.spread.weight)  # starts as the identity
+        self.tell = nn.Linear(aside, hidden, bias=False) if aside else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *aside: Tensor) -> Tensor:
         h = self.gather(self.norm(x))
-        return x + self.spread(self.outer(F.silu(self.inner(h.flatten(1)))).view(h.shape))
+        inner = self.inner(h.flatten(1))
+        if self.tell is not None:
+            inner = inner + self.tell(*aside)
+        return x + self.spread(self.outer(F.silu(inner)).view(h.shape))
 
 
 class UNet(nn.Module):
@@ -71,7 +76,7 @@ class UNet(nn.Module):
         self.place_high = nn.Parameter(torch.zeros(width, high, across))
         self.place_low = nn.Parameter(torch.zeros(2 * width, high // 2, across // 2))
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.whole = nn.ModuleList(Whole(2 * width, size, hidden) for _ in range(blocks[1]))
+        self.whole = nn.ModuleList(Whole(2 * width, size, hidden, aside) for _ in range(blocks[1]))
         self.below = nn.ModuleList(Block(2 * width, embedding) for _ in range(blocks[1]))
         self.up = nn.Conv2d(2 * width, 4 * width, 1)
         self.after = nn.ModuleList(Block(width, embedding) for _ in range(blocks[0]))
@@ -84,7 +89,7 @@ class UNet(nn.Module):
         h = self.enter(F.pixel_unshuffle(x, 2)) + self.place_high  # [B, width, H/2, W/2]
         low = self.down(h) + self.place_low  # [B, 2 width, H/4, W/4]
         for whole, block in zip(self.whole, self.below, strict=True):
-            low = block(whole(low), embedded)
+            low = block(whole(low, *aside), embedded)
         h = h + F.pixel_shuffle(self.up(low), 2)
         for block in self.after:
             h = block(h, embedded)

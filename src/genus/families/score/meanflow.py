@@ -1,4 +1,4 @@
-"""MeanFlow: learns the average velocity between any two times, and so samples in one evaluation, or in few.
+"""MeanFlow: learns the average velocity between any two times, and so samples in few evaluations.
 
 Geng et al. 2025, "Mean Flows for One-step Generative Modeling", https://arxiv.org/abs/2505.13447, algorithms 1 and 2;
 Geng et al. 2025, "Improved Mean Flows", https://arxiv.org/abs/2512.02012: the direction of the derivative.
@@ -81,7 +81,7 @@ class MeanFlow(Family):
         var = self.sigma_data**2
         at_t, at_r = (((time**2 + (1 - time) ** 2 * var).sqrt())[:, None, None, None] for time in (t, r))
         linear = (t + r - var * (2 - t - r))[:, None, None, None] / (at_t * (at_t + at_r))
-        angle = (t - r)[:, None] * TURNS.to(t)
+        angle = (t - r)[:, None].to(z) * TURNS.to(z)
         aside = torch.cat([angle.sin(), angle.cos()], 1)
         return linear * z + (self.sigma_data / at_t) * self.network(z / at_t, (t + FLOOR).log() / 4, aside)
 
@@ -98,10 +98,13 @@ class MeanFlow(Family):
 
         v is what the network takes it to be, u(z, t, t): of the same mean as e - x at z, without its noise.
         """
-        v = self.velocity(z, t, t)
-        with warnings.catch_warnings():  # what torch imports for it warns of its own use of torch.jit
-            warnings.simplefilter("ignore", FutureWarning)
-            return torch.func.jvp(self.velocity, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))[1]
+        # In full precision: forward mode does not know autocast's conversions, and a derivative needs the digits.
+        with torch.autocast(z.device.type, enabled=False), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # what torch imports for it warns of its own use of torch.jit
+            tangents = self.velocity(z, t, t), torch.zeros_like(r), torch.ones_like(t)
+            return torch.func.jvp(self.velocity, (z, r, t), tangents)[1]
 
     def times(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """r and t, each [n]: two draws in order, or twice the same where they are not to be ``apart``."""
@@ -132,7 +135,7 @@ class MeanFlow(Family):
         weight = (squared.detach() + 1e-3) ** -self.power
         return {"loss": (weight * squared).mean(), "squared": squared.detach().mean()}
 
-    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, steps: int = 1) -> Tensor:
+    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, steps: int = 4) -> Tensor:
         """[n, *shape] in ``steps`` evaluations: z_r = z_t - (t - r) u(z_t, r, t), from noise down (algorithm 2)."""
         z = torch.randn((n, *self.spec.shape), generator=generator, device=generator.device)
         ends = torch.linspace(1, 0, steps + 1, device=z.device)
