@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     """Some examples. ``x``: [B, *shape] floats in the units of DataSpec, or int64 tokens [B, T].
 
     For text, ``log_prob`` is given documents, each up to its end (DataSpec); ``loss`` and ``updates`` are given windows
-    of ``context`` + 1 tokens that run over the ends of documents: each but the first is to be predicted.
+    of ``context`` + 1 tokens that run over the ends of documents: each but the first is to be predicted. A model that
+    is ``Whole`` gets documents there too.
     """
 
     x: Tensor
@@ -124,6 +125,15 @@ class Weighs(Protocol):
 
 
 @runtime_checkable
+class Informs(Protocol):
+    """Has a posterior over codes, and knows what it says beyond the prior."""
+
+    def rate(self, batch: Batch, *, generator: Generator) -> Tensor:
+        """[B] nats: KL(q(z|x) || p(z)), or an estimate of it."""
+        ...
+
+
+@runtime_checkable
 class Denoises(Protocol):
     """Knows the posterior mean under Gaussian noise, and with it the score at every noise level."""
 
@@ -183,6 +193,14 @@ class Reads(Protocol):
 
 
 @runtime_checkable
+class Whole(Protocol):
+    """Learns text a document at a time: of more than ``context`` tokens its first ones, without an end."""
+
+    context: int
+    whole: bool  # by which it is told from one that Reads
+
+
+@runtime_checkable
 class Carries(Protocol):
     """Learns text in order: row b of each batch goes on where row b of the batch before ended.
 
@@ -203,6 +221,7 @@ CAPABILITIES: dict[str, type] = {
     "encodes": Encodes,
     "decodes": Decodes,
     "weighs": Weighs,
+    "informs": Informs,
     "denoises": Denoises,
     "quantises": Quantises,
     "walks": Walks,

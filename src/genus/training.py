@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from genus.config import Train
-from genus.contract import Batch, Carries, Family, Initialises, Reads
+from genus.contract import Batch, Carries, Family, Initialises, Reads, Whole
 from genus.errors import UserError
 from genus.files import replacing
 from genus.parallel import ALONE, Group
@@ -107,7 +107,7 @@ def train(
     on_samples: Callable[[Family, int], None] | None = None,
     samples_at: frozenset[int] = frozenset(),
 ) -> Result:
-    """Trains ``model`` on stored examples [N, ...], or on windows of a text's tokens [N], for ``steps`` batches.
+    """Trains ``model`` on stored examples [N, ...], or on a text's tokens [N], for ``steps`` batches.
 
     Every draw comes from generators seeded by ``seed``, so the same call gives the same bytes, interrupted or not:
     where ``checkpoint`` exists, training goes on from it. ``on_log(row, speed)`` is called every ``log_every`` steps,
@@ -120,7 +120,8 @@ def train(
     Raises NonFiniteLoss, naming step and term, in every process; UserError for settings that the data does not allow.
     """
     model.to(device)
-    kind = _Windows if model.spec.kind == "text" else _Examples
+    text = _Documents if isinstance(model, Whole) else _Windows
+    kind = text if model.spec.kind == "text" else _Examples
     data = kind(model, images, labels, config, seed, device)
     if isinstance(model, Carries) and processes.size > 1:
         raise UserError("this model carries what it has read from batch to batch: train it in one process")
@@ -317,6 +318,49 @@ class _Windows:
     def speed(self, steps_per_s: float) -> dict[str, float]:
         windows = steps_per_s * self.batch_size
         return {"windows_per_s": windows, "tokens_per_s": windows * self.context}
+
+
+class _Documents:
+    """Documents of a text by step, with no state: step k of seed s is the same documents in every process.
+
+    A batch is documents of about the same length, so that little of it is padding: int64 [B, T], zeros behind their
+    ends. One of more than ``context`` tokens is cut there. Which documents come together differs from epoch to epoch.
+    """
+
+    def __init__(
+        self, model: Family, tokens: np.ndarray, _: np.ndarray, config: Train, seed: int, device: torch.device
+    ):
+        if config.flip:
+            raise UserError("train.flip: a text cannot be mirrored; leave it out")
+        assert isinstance(model, Whole)
+        ends = np.flatnonzero(np.asarray(tokens) == 0) + 1
+        if not len(ends):
+            raise UserError("the training split has no document that ends")
+        self.starts = np.concatenate([[0], ends[:-1]])
+        self.lengths = np.minimum(ends - self.starts, model.context)
+        self.tokens, self.seed, self.device = _readable(tokens), seed, device
+        self.batch_size = min(config.batch_size, len(ends))
+        self.a_epoch = len(ends) // self.batch_size
+        self.epoch, self.order = -1, np.empty((0, 0), np.int64)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The given rows of this step's documents."""
+        epoch, position = divmod(step, self.a_epoch)
+        if epoch != self.epoch:
+            draws = np.random.default_rng([self.seed, epoch])
+            order = draws.permutation(len(self.starts))[: self.a_epoch * self.batch_size]
+            pool = np.arange(len(order)) // (AT_ONCE * self.batch_size)  # only within one are documents sorted
+            order = order[np.lexsort((self.lengths[order], pool))].reshape(self.a_epoch, self.batch_size)
+            self.order, self.epoch = order[draws.permutation(self.a_epoch)], epoch
+        chosen = self.order[position]
+        documents = np.zeros((self.batch_size, self.lengths[chosen].max()), np.int64)
+        for row, start, length in zip(documents, self.starts[chosen], self.lengths[chosen], strict=True):
+            row[:length] = self.tokens[int(start) : int(start + length)]
+        return Batch(torch.from_numpy(documents[rows]).to(self.device))
+
+    def speed(self, steps_per_s: float) -> dict[str, float]:
+        documents = steps_per_s * self.batch_size
+        return {"documents_per_s": documents, "tokens_per_s": documents * float(self.lengths.mean())}
 
 
 class _Stored:

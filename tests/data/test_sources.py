@@ -40,7 +40,7 @@ def zipped(path: Path, entries: dict[str, bytes]) -> Path:
 
 
 def test_every_source_is_known() -> None:
-    names = "digits fashion_mnist image_folder kjv python_docs text torchvision two_d"
+    names = "digits factors fashion_mnist image_folder kjv python_docs text torchvision two_d"
     assert source_names() == names.split()
 
 

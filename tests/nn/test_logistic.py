@@ -84,3 +84,14 @@ def test_temperature_zero_is_the_likeliest_components_mean():
     parameters = torch.tensor([[0.0, 2.0, -0.5, 0.3, -1.0, -1.0]])
     x = logistic.sample(parameters, 256, generator=torch.Generator().manual_seed(0), temperature=0.0)
     assert x.item() == pytest.approx(0.3, abs=1 / 255)
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_a_component_however_wide_has_gradients(level: int) -> None:
+    """Of pixels that are always black a component's scale grows without end; in float32, as models are trained."""
+    parameters = torch.zeros(1, 6, 1)
+    parameters[:, 4] = 200.0
+    parameters.requires_grad_()
+    nats = logistic.log_prob(parameters, torch.full((1, 1), 2 * level / 255 - 1), 256)
+    nats.sum().backward()
+    assert nats.isfinite().all() and parameters.grad.isfinite().all()

@@ -20,11 +20,24 @@ import torch
 
 from genus import progress
 from genus.config import Evaluate
-from genus.contract import Batch, Conditional, Decodes, Denoises, Encodes, Quantises, Samples, Scores, Weighs
+from genus.contract import (
+    Batch,
+    Conditional,
+    Decodes,
+    Denoises,
+    Encodes,
+    Informs,
+    Quantises,
+    Samples,
+    Scores,
+    Weighs,
+)
 from genus.data.loaders import Dataset
 from genus.errors import UserError
 from genus.evaluation import codes, constraints, metrics, ode, two_d
+from genus.evaluation.disentanglement import disentanglement
 from genus.evaluation.judge import accuracy, train_judge
+from genus.evaluation.latent import active_units, rate
 from genus.evaluation.quality import FRECHET_FROM, Figures, quality
 from genus.sampling import draw
 from genus.training import autocast, peak_memory_mb
@@ -310,4 +323,7 @@ METRICS = (
     Metric((Conditional,), asked_for),
     Metric((Decodes,), code_size),
     Metric((Encodes, Decodes), inverse),
+    Metric((Informs,), rate),
+    Metric((Informs, Encodes), active_units),
+    Metric((Encodes, Decodes), disentanglement),
 )

@@ -13,6 +13,7 @@ from genus.contract import Decodes, Denoises, Encodes, Samples, Walks
 from genus.data.sources import two_d as known
 from genus.evaluation import metrics, two_d
 from genus.evaluation.evaluate import Task
+from genus.evaluation.latent import spherical
 from genus.pictures import grid
 
 SHOWN, ROWS, COLUMNS = 64, 6, 10
@@ -58,17 +59,6 @@ def interpolation(task: Task) -> np.ndarray:
     between = torch.linspace(0, 1, COLUMNS, device=codes.device)
     path = torch.cat([spherical(a, b, between) for a, b in zip(codes[::2], codes[1::2], strict=True)])
     return _sheet(task, _stored(task, task.model.decode(path)), COLUMNS)
-
-
-def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Codes [T, D] on the great circle from ``a`` to ``b`` [D] (Shoemake 1985; White 2016, 1609.04468).
-
-    Normal codes of many numbers lie near a sphere: the straight line between two of them leaves it.
-    """
-    cosine = torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=1e-12)
-    angle = torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6))
-    weights = torch.stack([torch.sin((1 - t) * angle), torch.sin(t * angle)], 1) / torch.sin(angle)
-    return weights @ torch.stack([a, b])
 
 
 @torch.inference_mode()

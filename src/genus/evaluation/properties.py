@@ -209,6 +209,16 @@ ROWS = (
     Row("capacity.missing_classes", "classes missing", "", "lower", _metric("missing_classes"), IMAGES),
     Row("capacity.distinct_2", "different ones of 500 pairs of words", "share", "", _metric("distinct_2"), TEXT),
     Row("capacity.copied_span", "longest span copied from train", "characters", "", _metric("copied_span"), TEXT),
+    Row("capacity.active_units", "numbers of the code that are in use", "share", "higher", _metric("active_units")),
+    Row("capacity.codes_used", "tokens of the code that are in use", "share", "higher", _metric("codes_used"), IMAGES),
+    Row(
+        "capacity.disentanglement",
+        "mutual information gap of the code",
+        "share",
+        "higher",
+        _metric("mutual_information_gap"),
+        IMAGES,
+    ),
     Row(
         "capacity.asked_accuracy",
         "samples that the judge takes for the class asked for",
@@ -234,6 +244,15 @@ ROWS = (
     Row("density.ode", "bits/dim by the probability flow", "bits/dim", "lower", _metric("ode_bits_per_dim"), IMAGES),
     Row("density.gap", "gap of the bound", "bits/dim", "lower", _metric("iwae_bits_per_dim", "gap"), IMAGES),
     Row("density.two_d", "KL from a known 2-D density (worst set)", "nats", "lower", _two_d, IMAGES),
+    Row(
+        "density.score_error",
+        "error of the score above a cell’s noise",
+        "share",
+        "lower",
+        _metric("score_error"),
+        IMAGES,
+    ),
+    Row("density.rate", "what the code says of an example", "nats", "", _metric("rate")),
     Row("density.likelihood_ms", "a likelihood", "ms", "lower", _timing("likelihood_ms")),
     Row(
         "density.kl_trade",

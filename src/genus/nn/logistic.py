@@ -16,14 +16,17 @@ from torch import Generator, Tensor
 
 # Narrower than this every component is a spike inside one level: nothing to win, and the gradients explode.
 MIN_LOG_SCALE = -7.0
+# Wider than this a level's share underflows in float32, and its logarithm has no gradient: pixels that are always black
+# drive a component that they do not need there.
+MAX_LOG_SCALE = 80.0
 
 
 def split(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log weights (normalised), means and log scales (bounded below), each [B, K, *rest]."""
+    """Log weights (normalised), means and log scales (bounded), each [B, K, *rest]."""
     if parameters.dtype in (torch.bfloat16, torch.float16):  # autocast's: too coarse for differences between levels
         parameters = parameters.float()
     logits, means, log_scales = parameters.chunk(3, dim=1)
-    return logits.log_softmax(1), means, log_scales.clamp(min=MIN_LOG_SCALE)
+    return logits.log_softmax(1), means, log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
 
 
 def log_prob(parameters: Tensor, x: Tensor, levels: int) -> Tensor:

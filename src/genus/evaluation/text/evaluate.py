@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from genus import progress
-from genus.contract import Batch, Samples, Scores
+from genus.contract import Batch, Encodes, Informs, Samples, Scores
 from genus.evaluation import constraints
 from genus.evaluation.evaluate import Metric, Task, Timing, milliseconds
+from genus.evaluation.latent import active_units, between, rate
 from genus.evaluation.text.documents import Documents
 from genus.evaluation.text.quality import Figures, quality, ratio
 from genus.training import autocast
@@ -96,7 +97,10 @@ def knob_curve(task: Task) -> tuple[Figures, Timing]:
 
 
 def shown(task: Task) -> list[dict[str, Any]]:
-    """The first samples, nobody chose them, at three temperatures where the model has such a knob: [{label, texts}]."""
+    """The first samples, nobody chose them, at three temperatures where the model has such a knob: [{label, texts}].
+
+    And what lies between the codes of documents, where there are codes.
+    """
     if not isinstance(task.model, Samples):
         return []
     if "temperature" not in inspect.signature(task.model.sample).parameters:
@@ -106,7 +110,7 @@ def shown(task: Task) -> list[dict[str, Any]]:
     for temperature in TEMPERATURES:
         rows = task.draw(SHOWN, seed=task.seed + 12, knobs={"temperature": temperature})
         found.append({"label": f"temperature {temperature:g}", "texts": Documents.drawn(rows).texts(task.data.spec)})
-    return found
+    return found + (between(task) if isinstance(task.model, Encodes) else [])
 
 
 METRICS = (
@@ -114,4 +118,6 @@ METRICS = (
     Metric((Samples,), sample_quality),
     Metric((Samples,), sampling),
     Metric((Samples,), knob_curve),
+    Metric((Informs,), rate),
+    Metric((Informs, Encodes), active_units),
 )

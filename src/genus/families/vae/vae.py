@@ -17,16 +17,10 @@ from torch import Generator, Tensor, nn
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
+from genus.families.vae._networks import kl_by_dimension, networks
 from genus.nn import logistic, planar, radial
 
 FLOWS = {"planar": planar, "radial": radial}  # of the posterior
-
-
-class ChannelsLast(nn.Module):
-    """The same values, laid out as [B, H, W, C]: small convolutions run up to twice as fast on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
 
 
 class VAE(Family):
@@ -35,10 +29,8 @@ class VAE(Family):
     ``posterior``: "diagonal" is that normal; "planar" and "radial" bend it by ``flow_layers`` layers of a flow, whose
     parameters the encoder gives as well (Rezende & Mohamed 2015, section 4.2): the decoder stays the same.
 
-    The convolutions stand at a half and a quarter of the resolution, the fully connected layers hold most parameters:
-    on centred images that buys more likelihood a CPU second than convolutions at full resolution. Height and width
-    must be multiples of 4 (ValueError). Vectors [D, 1, 1] get fully connected layers half as wide, behind a layer of
-    sines, four times as many logistics a value, and a code of at most D numbers. Continuous data is a ValueError.
+    Height and width must be multiples of 4 (ValueError). Vectors [D, 1, 1] get fully connected layers, four times as
+    many logistics a value, and a code of at most D numbers. Continuous data is a ValueError.
     """
 
     paper = "Kingma & Welling 2013, arXiv:1312.6114"
@@ -61,57 +53,12 @@ class VAE(Family):
         super().__init__(spec)
         if posterior not in ("diagonal", *FLOWS):
             raise ValueError(f"posterior must be diagonal, {' or '.join(FLOWS)}, not {posterior}")
-        colours, height, width = spec.shape
-        if not spec.levels:
-            raise ValueError("continuous data: the mixture of logistics speaks of levels")
         if spec.flat:
             latent, mixtures = min(latent, spec.dims), 4 * mixtures
         self.latent, self.mixtures, self.free_bits, self.beta = latent, mixtures, free_bits, beta
         self.fold = 1 if spec.flat else 2
         self.bend = posterior
-        if spec.flat:
-            outputs = 3 * mixtures * colours
-            self.encoder = nn.Sequential(nn.Flatten(), *dense(spec.dims, hidden // 2, 2 * latent, pitch=4.0))
-            self.decoder = nn.Sequential(
-                *dense(latent, hidden // 2, outputs, pitch=1.0), nn.Unflatten(1, (outputs, 1, 1))
-            )
-            # The code starts by saying much, with little noise. From the usual start it is never used where the values'
-            # own mixtures already fit each of them alone: on a checkerboard the bound stays at the marginals.
-            last = cast("nn.Linear", self.encoder[-1])
-            with torch.no_grad():
-                last.weight[:latent] *= 8
-                last.weight[latent:] *= 0.1
-                last.bias[latent:] -= 3
-            self._build_flow(flow_layers)
-            return
-        if height % 4 or width % 4:
-            raise ValueError(f"a {height}x{width} image: height and width must be multiples of 4")
-        low = (2 * channels, height // 4, width // 4)
-        self.encoder = nn.Sequential(
-            ChannelsLast(),
-            nn.Conv2d(colours, channels, 4, stride=2, padding=1),  # [channels, H/2, W/2]
-            nn.ReLU(),
-            nn.Conv2d(channels, low[0], 4, stride=2, padding=1),  # [2 channels, H/4, W/4]
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(math.prod(low), hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, 2 * latent),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, math.prod(low)),
-            nn.ReLU(),
-            nn.Unflatten(1, low),
-            ChannelsLast(),
-            nn.Conv2d(low[0], 4 * channels, 1),
-            nn.PixelShuffle(2),  # [channels, H/2, W/2]
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, 3 * mixtures * 4 * colours, 1),
-        )
+        self.encoder, self.decoder = networks(spec, latent, channels, hidden, mixtures)
         self._build_flow(flow_layers)
 
     def _build_flow(self, layers: int) -> None:
@@ -164,6 +111,10 @@ class VAE(Family):
         """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation."""
         z, kl = self._code(batch.x, generator)
         return self._log_likelihood(batch.x, z) - kl.sum(1)
+
+    def rate(self, batch: Batch, *, generator: Generator) -> Tensor:
+        """KL(q(z|x) || p(z)), what the code says of each example: [B] nats; under a flow an estimate by one draw."""
+        return self._code(batch.x, generator)[1].sum(1)
 
     def log_weights(self, batch: Batch, k: int, *, generator: Generator) -> Tensor:
         """[k, B] nats: log p(x, z) - log q(z|x) for ``k`` draws of z (Burda et al. 2015, eq. 8).
@@ -229,36 +180,6 @@ class VAE(Family):
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         folded = F.pixel_unshuffle(x, self.fold)
         return logistic.log_prob(self.likelihood(z), folded, self.spec.levels).flatten(1).sum(1)
-
-
-class Sines(nn.Module):
-    """sin(W x + b), [B, inputs] to [B, outputs]: W starts normal, ``pitch`` radians a unit; b anywhere on the circle.
-
-    Sitzmann et al. 2020, arXiv:2006.09661. From a few numbers, networks of ReLUs alone are slow to learn sharp edges.
-    """
-
-    def __init__(self, inputs: int, outputs: int, pitch: float):
-        super().__init__()
-        self.weight = nn.Parameter(pitch * torch.randn(outputs, inputs))
-        self.phase = nn.Parameter(math.pi * (2 * torch.rand(outputs) - 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(F.linear(x, self.weight, self.phase))
-
-
-def dense(inputs: int, hidden: int, outputs: int, *, pitch: float) -> list[nn.Module]:
-    """A perceptron of two hidden layers, the first one of sines."""
-    return [Sines(inputs, hidden, pitch), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)]
-
-
-def kl_to_prior(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_std)^2) || N(0, I)) in nats: [B]."""
-    return kl_by_dimension(mean, log_std).sum(1)
-
-
-def kl_by_dimension(mean: Tensor, log_std: Tensor) -> Tensor:
-    """The same before it is summed over the code: [B, latent]."""
-    return 0.5 * (mean**2 + torch.expm1(2 * log_std) - 2 * log_std)
 
 
 def _noise(like: Tensor, generator: Generator) -> Tensor:

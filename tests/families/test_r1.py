@@ -1,4 +1,4 @@
-"""DCGAN: the penalty against a closed form, the order of the updates, the lazy schedule."""
+"""R1: the penalty against a closed form, the order of the updates, the lazy schedule."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 from genus.contract import Batch, build
 from genus.data.spec import DataSpec
-from genus.families.gan.gan import DCGAN, gradient_penalty
+from genus.families.gan.r1 import R1, gradient_penalty
 
 
-def tiny(**params: float) -> DCGAN:
+def tiny(**params: float) -> R1:
     torch.manual_seed(0)
-    model = build("gan/gan", DataSpec((1, 8, 8), 17), {"width": 8, "critic_width": 8, "latent": 8, **params})
-    assert isinstance(model, DCGAN)
+    model = build("gan/r1", DataSpec((1, 8, 8), 17), {"width": 8, "critic_width": 8, "latent": 8, **params})
+    assert isinstance(model, R1)
     return model
 
 
@@ -96,4 +96,4 @@ def test_the_r1_cycle_goes_on_where_it_was_saved() -> None:
 
 def test_sizes_it_cannot_halve_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
-        DCGAN(DataSpec((1, 10, 8)))
+        R1(DataSpec((1, 10, 8)))
