@@ -28,7 +28,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genus import progress
 from genus.config import Model, Probe
-from genus.contract import Batch, Carries, Family, Initialises, Samples, Scores, build, family_class, parameter_count
+from genus.contract import (
+    Batch,
+    Carries,
+    Family,
+    Initialises,
+    Samples,
+    Scores,
+    build,
+    example,
+    family_class,
+    parameter_count,
+)
 from genus.data.loaders import Dataset
 from genus.data.spec import DataSpec
 from genus.errors import UserError
@@ -311,7 +322,7 @@ class Prober:
             else:
                 from genus.evaluation.text.bench import Text
 
-                context: int = self.built(Job(seed=self.seed)).context  # type: ignore[assignment]
+                context: int = example(self.config.family, self.data.spec, self.config.params).context  # type: ignore[assignment]
                 windows = self.probe.steps * self.config.train.batch_size
                 self.benches[size] = Text(self.data, (windows + 2) * context)  # two more: where they begin is shifted
         return self.benches[size]
