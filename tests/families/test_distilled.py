@@ -171,3 +171,12 @@ def test_what_cannot_be_is_refused() -> None:
     for steps, levels in ((3, 8), (0, 8), (1, 1)):
         with pytest.raises(ValueError, match="cannot be cut"):
             student(steps=steps, levels=levels)
+
+
+def test_a_small_batch_may_have_arrived_whole() -> None:
+    """Batches of two of which, sooner or later, no example is still on its way."""
+    torch.manual_seed(0)
+    model = Distilled(SPEC, parent=frozen(EDM(SPEC, width=8)), steps=4, levels=8)
+    for seed in range(12):
+        x = torch.zeros(2, *SPEC.shape)
+        assert model.loss(Batch(x), generator=seeded(seed))["loss"].isfinite()

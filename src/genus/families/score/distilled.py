@@ -72,7 +72,8 @@ class Distilled(Family):
         with torch.no_grad():
             target = self.follow(x, now, then)
             before = then > end  # else it has arrived
-            target[before] = self.jump(target[before], then[before], end[before])
+            if before.any():
+                target[before] = self.jump(target[before], then[before], end[before])
         far = (self.jump(x, now, end) - target).square().flatten(1).mean(1)
         return {"loss": ((far + self.huber**2).sqrt() - self.huber).mean()}
 
