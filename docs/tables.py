@@ -21,12 +21,14 @@ Entry = dict[str, Any]
 
 
 def main() -> None:
-    tables = {f"budget-{budget}": larger(budget) for budget in ("10",)} | {"claims": claims()}
-    tables |= {name: collection(name) for name in config.load().collections}
+    collections = config.load().collections
 
     def table(found: re.Match[str]) -> str:
         name, before = found[1], found[2]
-        lines = tables.get(name)
+        if name in collections:
+            lines = collection(name)
+        else:
+            lines = claims() if name == "claims" else larger(name.removeprefix("budget-"))
         print(f"{name}: {f'{len(lines) - 2} rows' if lines else 'no figures here, left as it was'}")
         return f"<!-- figures: {name} -->\n" + ("\n".join(lines) + "\n" if lines else before) + "<!-- end -->"
 
@@ -35,16 +37,20 @@ def main() -> None:
 
 
 def collection(name: str) -> list[str]:
-    """The models of a collection, the best likelihood first, those without one by their Fréchet distance."""
+    """The models of a collection, the best likelihood first, those without one by their Fréchet distance.
+
+    Of text where all are of text; else those of text are left out.
+    """
     folder = Path("reports/records") / name
     records = [read_json(path) for path in sorted(folder.glob("*.json"))]
     records = [record for record in records if not record.get("failure")]
-    if any("bits_per_char" in record["metrics"] for record in records):
+    images = [record for record in records if "bits_per_char" not in record["metrics"]]
+    if records and not images:
         return of_text(records)
     headings = "model|family|paper|parameters|bits/dim, kind|Fréchet distance (floor)|share of the Gaussian control"
     headings += "|n|coverage|steps / s|images/s|ms/sample"
     rows = []
-    for record in sorted(records, key=quality):
+    for record in sorted(images, key=quality):
         metrics, timing = record["metrics"], record["timing"]
         rows.append(
             [
