@@ -134,8 +134,12 @@ def jacobian_of(model: Family, *, seed: int) -> dict[str, Any] | None:
     model = model.double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():  # away from the identity that it starts as
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        # Away from the identity that it starts as, by as much whatever a layer's width: one that turns quickly is soon
+        # no function of a double, and autograd's answer is lost in rounding as well.
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            moved = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 / math.sqrt(fan_in) * moved)
     errors = []
     for _ in range(8):
         x = torch.randn((1, 2, 1, 1), generator=generator, dtype=torch.float64)
