@@ -263,6 +263,14 @@ def test_the_share_of_a_real_model_is_counted_by_name(family: str) -> None:
     assert found["value"] == pytest.approx(count / sum(p.numel() for p in trained.values()))
 
 
+def test_the_share_of_a_model_of_vectors() -> None:
+    """Whose networks are not those of images: the small model is of vectors as well."""
+    found = constraints.trained_share("gan/r1", {}, DataSpec((2, 1, 1), 48), seed=0)
+    model = build("gan/r1", DataSpec((2, 1, 1), 48), {})
+    kept = sum(p.numel() for name, p in model.named_parameters() if name.startswith("generator"))
+    assert found is not None and found["value"] == pytest.approx(kept / sum(p.numel() for p in model.parameters()))
+
+
 # Which kinds of places refuse an arbitrary module: a flow's layers, and anything that would let a pixel see later ones.
 # VAE, GAN and score model take one anywhere. (Score model and flow take longer: `genus probe` tries them.)
 @pytest.mark.parametrize(

@@ -274,8 +274,8 @@ def _small(
     names: set[str] | None = None,
 ) -> Family:
     """The family on the smallest images that it takes: of random bits, or with the channels and levels of ``spec``. A
-    family for text alone on short documents of two symbols, or with the alphabet of ``spec``; one for vectors alone on
-    two numbers.
+    family for text alone on short documents of two symbols, or with the alphabet of ``spec``; one for vectors alone, or
+    where ``spec`` is of vectors, on two numbers.
 
     With ``names``, the smallest that has parameters of these names. Raises ValueError where there is none.
     """
@@ -285,7 +285,7 @@ def _small(
     if spec.alphabet if spec else kinds == ("text",):
         alphabet = spec.alphabet if spec else "01"
         return _built(family, params, parent, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
-    if "image" not in kinds:
+    if spec.kind == "vector" if spec else "image" not in kinds:
         return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16), seed)
     for side in SIDES:
         try:
