@@ -316,7 +316,7 @@ def test_the_stage_trains_on_text_and_shows_a_page(
 
     new_store(tmp_path)
     monkeypatch.setattr(contract, "family_class", lambda _: Draws)
-    monkeypatch.setattr(contract, "build", lambda family, spec, params: Draws(spec))
+    monkeypatch.setattr(contract, "build", lambda family, spec, params, parent: Draws(spec))
     capsys.readouterr()
     stage.run("python_docs-bigram")
     folder = tmp_path / "models/python_docs-bigram"

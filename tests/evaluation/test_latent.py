@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from genus.config import Evaluate
-from genus.contract import Batch
+from genus.contract import Batch, Informs
 from genus.data.spec import DataSpec
 from genus.evaluation import latent
 from genus.families.vae.beta_vae import BetaVAE
@@ -91,7 +91,7 @@ def test_a_rate_that_is_no_number_is_named() -> None:
 def test_image_models_inform(family: Any) -> None:
     torch.manual_seed(0)
     model = family(DataSpec((1, 4, 4), 17), latent=3, channels=4, hidden=8).eval()
-    assert isinstance(model, latent.Informs)
+    assert isinstance(model, Informs)
     assert latent.rate(images(model))[0]["rate"]["value"] > 0
     assert latent.active_units(images(model))[0]["active_units"]["latent"] == 3
 
@@ -114,7 +114,7 @@ def test_text_is_measured_by_documents_and_shown_in_between() -> None:
     torch.manual_seed(0)
     spec = DataSpec((5,), 0, (), "abcd")
     model = SentenceVAE(spec, latent=3, hidden=8, encoder=6, embedding=5, context=5).eval()
-    assert isinstance(model, latent.Informs)
+    assert isinstance(model, Informs)
     task = text(model)
     found = latent.rate(task)[0]["rate"]
     x = torch.from_numpy(VERSES)
