@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from genus.contract import (
     check_params,
     family_class,
     family_names,
+    parameter_count,
 )
 from genus.data.spec import DataSpec
 from genus.errors import UserError
@@ -191,3 +193,28 @@ def test_misspelt_parameters_and_families_are_named(family: str) -> None:
         check_params(family, {"chanels": 3})
     with pytest.raises(UserError, match=f"did you mean '{family}'"):
         family_class(family + "x")
+
+
+@pytest.mark.parametrize(
+    ("family", "parent", "line"),
+    [
+        ("flows/glow", {"family": "vae/vae", "params": {}}, "family 'flows/glow' learns from no other model"),
+        (
+            "score/distilled",
+            None,
+            "learns from another model: it needs a parent that denoises",
+        ),
+        ("score/distilled", {"family": "vae/vae", "params": {}}, "needs a parent that denoises: VAE does not"),
+        ("autoregressive/code_prior", {"family": "vae/vae", "params": {}}, "needs a parent that quantises"),
+    ],
+)
+def test_a_parent_that_will_not_do_is_named(family: str, parent: dict[str, Any] | None, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        build(family, SPECS["image"], {}, parent)
+
+
+def test_a_parent_is_frozen_and_stays_as_it_draws() -> None:
+    model = build("score/distilled", SPECS["image"], {}, {"family": "score/edm", "params": {"width": 8}}).train()
+    parent = model.get_submodule("parent")
+    assert model.training and not parent.training and not any(p.requires_grad for p in parent.parameters())
+    assert parameter_count(model) == sum(p.numel() for p in model.get_submodule("student").parameters())
