@@ -46,6 +46,7 @@ class Family(nn.Module):
     # What its parent must be able to do, a protocol below, where it learns from another model: that one is given to
     # __init__ as ``parent``, frozen, and becomes part of it (self.parent), so that its package needs no other.
     inherits: ClassVar[type | None] = None
+    parent: Any  # only then
 
     def __init__(self, spec: DataSpec):
         super().__init__()
@@ -54,9 +55,8 @@ class Family(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As of every module; a parent stays as it is when it draws."""
         super().train(mode)
-        for part in self.children():
-            if isinstance(part, Family):
-                part.eval()
+        if self.inherits:
+            self.parent.eval()
         return self
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:

@@ -339,7 +339,7 @@ def _places(model: Family, seed: int) -> list[tuple[str, int | None]]:
     One place a kind: the first of every class of module that was seen to keep the shape of its input.
     """
     found: dict[type, tuple[str, int | None]] = {}
-    frozen = {module for part in model.children() if isinstance(part, Family) for module in part.modules()}
+    frozen = set(model.parent.modules()) if model.inherits else set()
     names = {module: name for name, module in model.named_modules() if name and module not in frozen}
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

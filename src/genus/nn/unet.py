@@ -12,6 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genus.data.spec import DataSpec
+
+
+def denoiser(spec: DataSpec, width: int, blocks: tuple[int, int], hidden: int, aside: int = 0) -> UNet | Dense:
+    """The network for examples of ``spec``: for vectors a dense one of half as many hidden units.
+
+    Raises ValueError where height or width is no multiple of 4.
+    """
+    if spec.flat:
+        return Dense(spec.dims, hidden // 2, aside=aside)
+    if spec.shape[1] % 4 or spec.shape[2] % 4:
+        raise ValueError(f"a U-Net needs height and width divisible by 4, not {spec.shape[1]}x{spec.shape[2]}")
+    return UNet(spec.shape, width, blocks, hidden, aside)
+
 
 class Block(nn.Module):
     """Residual block, GroupNorm-SiLU-conv twice, scaled and shifted in between by the embedding of the noise level."""

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
-from genus.nn.unet import Dense, UNet
+from genus.nn.unet import denoiser
 from genus.samplers import Watch, heun, karras_levels
 
 
@@ -52,9 +52,6 @@ class EDM(Family):
         dropout: float = 0.1,
     ):
         super().__init__(spec)
-        _, height, across = spec.shape
-        if not spec.flat and (height % 4 or across % 4):
-            raise ValueError(f"EDM needs height and width divisible by 4, not {height}x{across}")
         if conditional and len(spec.classes) < 2:
             raise ValueError("conditional: the data has no labels")
         self.cell = 2 / (spec.levels - 1) if spec.flat and spec.levels else 0.0
@@ -65,11 +62,7 @@ class EDM(Family):
         aside = len(spec.classes) if conditional else 0
         if conditional:
             self.labels = aside
-        self.network = (
-            Dense(spec.dims, hidden // 2, aside=aside)
-            if spec.flat
-            else UNet(spec.shape, width, (blocks_high, blocks_low), hidden, aside)
-        )
+        self.network = denoiser(spec, width, (blocks_high, blocks_low), hidden, aside)
 
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor | None = None) -> Tensor:
         """E[clean | x] for ``x`` [B, C, H, W] with noise ``sigma`` [B] (equation 7 and table 1).

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
-from genus.nn.unet import Dense, UNet
+from genus.nn.unet import denoiser
 from genus.samplers import karras_levels
 
 TURNS = math.pi * torch.arange(1, 5)  # how the network is told t - r: sines and cosines of so many half turns
@@ -57,20 +57,13 @@ class MeanFlow(Family):
         power: float = 1.0,
     ):
         super().__init__(spec)
-        _, height, across = spec.shape
-        if not spec.flat and (height % 4 or across % 4):
-            raise ValueError(f"MeanFlow needs height and width divisible by 4, not {height}x{across}")
         self.cell = 2 / (spec.levels - 1) if spec.flat and spec.levels else 0.0
         self.sigma_min = min(0.02, self.cell / 4) if self.cell else 0.02
         self.sigmas: list[float] = karras_levels(1.5 * math.sqrt(spec.dims), self.sigma_min, 18)
         self.sigma_data, self.centre, self.spread, self.apart = sigma_data, centre, spread, apart
         self.power = 0.0 if spec.flat else power
         aside = 2 * len(TURNS)
-        self.network = (
-            Dense(spec.dims, hidden // 2, aside=aside)
-            if spec.flat
-            else UNet(spec.shape, width, (blocks_high, blocks_low), hidden, aside)
-        )
+        self.network = denoiser(spec, width, (blocks_high, blocks_low), hidden, aside)
 
     def velocity(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """u(z, r, t) of ``z`` [B, C, H, W] and times [B], 0 <= r <= t <= 1.

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
-from genus.nn.unet import Dense, UNet
+from genus.nn.unet import denoiser
 from genus.samplers import Watch, annealed_langevin, step_rate
 
 
@@ -68,9 +68,6 @@ class NCSN(Family):
         spread: float = 1.2,
     ):
         super().__init__(spec)
-        _, height, across = spec.shape
-        if not spec.flat and (height % 4 or across % 4):
-            raise ValueError(f"NCSN needs height and width divisible by 4, not {height}x{across}")
         top = sigma_max or 1.5 * math.sqrt(spec.dims)
         self.cell = 2 / (spec.levels - 1) if spec.flat and spec.levels else 0.0
         sigma_min = min(sigma_min, self.cell / 4) if self.cell else sigma_min
@@ -82,9 +79,7 @@ class NCSN(Family):
         self.register_buffer("ladder", ladder, persistent=False)
         chance = torch.exp(-((ladder.log() - centre) ** 2) / (2 * spread**2))
         self.register_buffer("chance", torch.ones(count) if spec.flat else chance, persistent=False)
-        self.network = (
-            Dense(spec.dims, hidden // 2) if spec.flat else UNet(spec.shape, width, (blocks_high, blocks_low), hidden)
-        )
+        self.network = denoiser(spec, width, (blocks_high, blocks_low), hidden)
 
     @property
     def nfe(self) -> int:
