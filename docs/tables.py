@@ -2,14 +2,15 @@
 
 python docs/tables.py
 
-X is a collection (its records must be there: `genus run --collection X`), `budget-10` (benchmarks/results) or `claims`
-(the default collection's). A table whose figures are not there stays as it is, and is named.
+X is a collection (its records must be there: `genus run --collection X`; X-text where some of its models are of text),
+`evaluations` (quality against what a sample costs, of the collections tour and score), `budget-10` (benchmarks/results)
+or `claims` (the default collection's). A table whose figures are not there stays as it is, and is named.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ Entry = dict[str, Any]
 
 
 def main() -> None:
-    collections = config.load().collections
+    made = {"claims": claims, "evaluations": evaluations, "budget-10": lambda: larger("10")}
+    for name in config.load().collections:
+        made |= {name: partial(collection, name), f"{name}-text": partial(of_text, name)}
 
     def table(found: re.Match[str]) -> str:
         name, before = found[1], found[2]
-        if name in collections:
-            lines = collection(name)
-        else:
-            lines = claims() if name == "claims" else larger(name.removeprefix("budget-"))
+        lines = made[name]()
         print(f"{name}: {f'{len(lines) - 2} rows' if lines else 'no figures here, left as it was'}")
         return f"<!-- figures: {name} -->\n" + ("\n".join(lines) + "\n" if lines else before) + "<!-- end -->"
 
@@ -36,19 +36,24 @@ def main() -> None:
     write_text(README, re.sub(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", table, text, flags=re.S))
 
 
+def measured(name: str) -> list[Entry]:
+    """The records of a collection's models that did not fail."""
+    records = [read_json(path) for path in sorted((Path("reports/records") / name).glob("*.json"))]
+    return [record for record in records if not record.get("failure")]
+
+
 def collection(name: str) -> list[str]:
     """The models of a collection, the best likelihood first, those without one by their Fréchet distance.
 
-    Of text where all are of text; else those of text are left out.
+    Of text where all are of text; else those of text are left out. What only some models have is a column of its own.
     """
-    folder = Path("reports/records") / name
-    records = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    records = [record for record in records if not record.get("failure")]
-    images = [record for record in records if "bits_per_char" not in record["metrics"]]
-    if records and not images:
-        return of_text(records)
+    images = [record for record in measured(name) if "bits_per_char" not in record["metrics"]]
+    if not images:
+        return of_text(name)
+    further = {key: of for key, of in FURTHER.items() if any(key in record["metrics"] for record in images)}
     headings = "model|family|paper|parameters|bits/dim, kind|Fréchet distance (floor)|share of the Gaussian control"
     headings += "|n|coverage|steps / s|images/s|ms/sample"
+    headings = "|".join([headings, *(heading for heading, _ in further.values())])
     rows = []
     for record in sorted(images, key=quality):
         metrics, timing = record["metrics"], record["timing"]
@@ -64,9 +69,35 @@ def collection(name: str) -> list[str]:
                 f"{record['steps']:,} / {timing['train_seconds']:.0f}",
                 f"{timing['train_images_per_s']:,.0f}",
                 f"{timing['sample_ms']:.2f}" if "sample_ms" in timing else "–",
+                *(number(metrics.get(key), form) for key, (_, form) in further.items()),
             ]
         )
     return markdown(headings, rows)
+
+
+FURTHER = {  # of a metric: its heading, its form
+    "asked_accuracy": ("judged as asked for", "{:.1%}"),
+}
+
+
+def evaluations() -> list[str]:
+    """Quality against what a sample costs: samplers of many steps and those of few, at their settings of the knobs."""
+    rows = []
+    for record in [*measured("tour"), *measured("score")]:
+        metrics, timing = record["metrics"], record["timing"]
+        if not record["family"].startswith("score/") or "asked_accuracy" in metrics:
+            continue
+        name = record["name"].removeprefix(f"{record['dataset']}-")
+        own = {"calls": metrics["nfe"]["value"], "n": metrics["frechet_distance"]["n"], "knobs": {}}
+        own |= metrics["frechet_distance"]
+        points = [(own, timing["sample_ms"])]
+        if "curve" in metrics:
+            points += zip(metrics["curve"]["points"], timing["curve_sample_ms"], strict=True)
+        for point, milliseconds in sorted(points, key=lambda point: point[0]["calls"]):
+            knobs = ", ".join(f"{knob} {value}" for knob, value in point["knobs"].items()) or "as trained"
+            share = f"{point['relative']:.3f}" if "relative" in point else "–"
+            rows.append([name, knobs, f"{point['calls']:.0f}", share, f"{point['n']:,}", f"{milliseconds:.2f}"])
+    return markdown("model|knobs|network evaluations|share of the Gaussian control|n|ms/sample", rows)
 
 
 def quality(record: Entry) -> tuple[float, float]:
@@ -75,7 +106,9 @@ def quality(record: Entry) -> tuple[float, float]:
     return found["value"], metrics.get("frechet_distance", {"value": 1e9})["value"]
 
 
-def of_text(records: Iterable[Entry]) -> list[str]:
+def of_text(name: str) -> list[str]:
+    """The models of text of a collection, the best likelihood first."""
+    records = [record for record in measured(name) if "bits_per_char" in record["metrics"]]
     headings = "model|paper|parameters|bits/char, kind|perplexity a word|distinct-2|longest copied span"
     headings += "|n-gram bits of samples|steps / s|characters/s"
     rows = []
