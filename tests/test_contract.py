@@ -23,6 +23,7 @@ from genus.contract import (
     check_params,
     family_class,
     family_names,
+    load_model,
     parameter_count,
 )
 from genus.data.spec import DataSpec
@@ -211,6 +212,15 @@ def test_misspelt_parameters_and_families_are_named(family: str) -> None:
 def test_a_parent_that_will_not_do_is_named(family: str, parent: dict[str, Any] | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
         build(family, SPECS["image"], {}, parent)
+
+
+def test_weights_of_another_model_are_named() -> None:
+    model = build("score/edm", SPECS["image"], {"width": 8})
+    about: dict[str, Any] = {"name": "a-model", "family": "score/edm", "spec": SPECS["image"].to_json()}
+    with pytest.raises(UserError, match="a-model: its weights are not of the model that is described"):
+        load_model(about | {"params": {"width": 16}}, model.state_dict())
+    with pytest.raises(UserError, match="a-model: its description has no 'params'"):
+        load_model(about, model.state_dict())
 
 
 def test_a_parent_is_frozen_and_stays_as_it_draws() -> None:

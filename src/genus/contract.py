@@ -302,9 +302,18 @@ def _does(needs: type) -> str:
 
 
 def load_model(about: Mapping[str, Any], weights: dict[str, Tensor]) -> Family:
-    """A trained model from its model.json and tensors, in evaluation mode."""
+    """A trained model from its model.json and tensors, in evaluation mode.
+
+    Raises UserError where a key is missing, or the weights are not of the model that is described.
+    """
+    name = about.get("name", "a model")
+    if missing := [key for key in ("family", "spec", "params") if key not in about]:
+        raise UserError(f"{name}: its description has no '{missing[0]}': train it anew")
     model = build(about["family"], DataSpec.from_json(about["spec"]), about["params"], about.get("parent"))
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # torch's way to say that names or shapes differ
+        raise UserError(f"{name}: its weights are not of the model that is described: train it anew") from error
     return model.eval()
 
 
