@@ -102,7 +102,7 @@ def evaluations() -> list[str]:
 
 def quality(record: Entry) -> tuple[float, float]:
     metrics = record["metrics"]
-    found = metrics.get("bits_per_dim") or metrics.get("ode_bits_per_dim") or {"value": 99.0}
+    found = metrics.get("bits_per_dim") or metrics.get("ode_bits_per_dim") or {"value": 99.0}  # those of text: last
     return found["value"], metrics.get("frechet_distance", {"value": 1e9})["value"]
 
 
@@ -139,7 +139,8 @@ def larger(budget: str) -> list[str]:
         "`budget: 10`|parameters|likelihood, kind|Fréchet distance (floor)|share of the Gaussian control|n|steps / s"
     )
     rows = []
-    for name, entry in read_json(path)["models"].items() if path.exists() else ():
+    models = read_json(path)["models"] if path.exists() else {}
+    for name, entry in sorted(models.items(), key=lambda model: quality(model[1])):
         metrics = entry["metrics"]
         likelihood = bits(metrics)
         if of_text := metrics.get("bits_per_char"):

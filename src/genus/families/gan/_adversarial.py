@@ -46,9 +46,13 @@ class Adversarial(Family):
         told = self.label_vectors.parameters() if self.label_vectors is not None else ()
         return {"critic": [*self.critic.parameters(), *told], "generator": list(self.generator.parameters())}
 
-    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, **knobs: Any) -> Tensor:
-        """[n, *shape] in [-1, 1], in one pass; of the classes ``cond`` int64 [n] where the model is conditional."""
-        code = self._normal(n, generator)
+    def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, truncation: float = 1.0) -> Tensor:
+        """[n, *shape] in [-1, 1], in one pass; of the classes ``cond`` int64 [n] where the model is conditional.
+
+        ``truncation`` scales the codes: below 1 samples are more typical and vary less, as where far codes are drawn
+        anew (Brock et al. 2018, arXiv:1809.11096, section 3.1).
+        """
+        code = truncation * self._normal(n, generator)
         return self.decode(code if self.latent == self.noise else self._ask(code, cond))
 
     def decode(self, code: Tensor) -> Tensor:
