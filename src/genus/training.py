@@ -159,7 +159,9 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             terms["loss"].backward(inputs=parameters)
             processes.average_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if config.clip:  # else each gradient would be multiplied by 1
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
             for slot in optimiser.param_groups:
                 slot["lr"] = rates[group]
             optimiser.step()

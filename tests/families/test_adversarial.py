@@ -226,6 +226,13 @@ def test_dragan_takes_the_slope_around_the_data() -> None:
     assert terms["slope"].item() == pytest.approx(0.6 * math.sqrt(64 * 1.25), rel=0.01)  # the norm hardly varies
 
 
+@pytest.mark.parametrize("family", ["gan/wgan_gp", "gan/dragan"])
+def test_penalties_are_lighter_for_vectors_unless_they_are_given(family: str) -> None:
+    flat = DataSpec((2, 1, 1), 17)
+    penalties = [tiny(family, spec, **params).penalty for spec in (IMAGES, flat) for params in ({}, {"penalty": 3.0})]
+    assert penalties == [10.0, 3.0, 0.1, 3.0]
+
+
 def test_r3gan() -> None:
     model, weight = linear("gan/r3gan", gamma=0.3, every=1)
     seen, fakes = losses(model, batch())

@@ -20,9 +20,10 @@ from genus.families.gan._adversarial import DCGAN, slopes
 class DRAGAN(DCGAN):
     """Goodfellow's game with a penalty λ E(|∇D(x + δ)| - k)² of the critic, δ ~ N(0, c I) (section 2).
 
-    ``penalty``: λ (10); ``slope``: k (1). ``spread``: √c, in standard deviations of the batch's numbers (the authors'
-    code: 0.5). ``norm`` of the critic: with "batch" the slope is that of the sum of a batch's scores; with "layer" and
-    "none" each example has its own, and learning is slower. The rest is as ``DCGAN`` has it.
+    ``penalty``: λ, by default 10 and for vectors 0.1, as WGAN-GP has it; ``slope``: k (1). ``spread``: √c, in standard
+    deviations of the batch's numbers (the authors' code: 0.5). ``norm`` of the critic: with "batch" the slope is that
+    of the sum of a batch's scores; with "layer" and "none" each example has its own, and learning is slower. The rest
+    is as ``DCGAN`` has it.
     """
 
     paper = "Kodali et al. 2017, arXiv 1705.07215"
@@ -34,21 +35,17 @@ class DRAGAN(DCGAN):
         latent: int = 64,
         width: int = 32,
         critic_width: int = 20,
-        penalty: float = 10.0,
+        penalty: float | None = None,
         slope: float = 1.0,
         spread: float = 0.5,
         norm: str = "batch",
         conditional: bool = False,
     ):
         super().__init__(
-            spec,
-            latent=latent,
-            width=width,
-            critic_width=critic_width,
-            conditional=conditional,
-            norm=norm,
+            spec, latent=latent, width=width, critic_width=critic_width, conditional=conditional, norm=norm
         )
-        self.penalty, self.slope, self.spread = penalty, slope, spread
+        self.penalty = (0.1 if spec.flat else 10.0) if penalty is None else penalty
+        self.slope, self.spread = slope, spread
 
     def updates(self, batch: Batch, *, generator: Generator) -> Iterable[tuple[str, Terms]]:
         """One step each. Both use one batch of fakes."""
