@@ -24,6 +24,7 @@ STATE = Path(".genus")
 LOGS = Path("logs")
 GROUPS = STATE / "groups"  # a file a stage, locked while somebody still watches its processes
 FORKS = STATE / "forks.sock"
+REPRO = Path(__file__).with_name("repro.py")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Children:
             path.unlink(missing_ok=True)
         let_go(lock)  # by who ends what a killed worker of a cluster has left behind
         # The global flag stands first; without it a lock that is busy for a moment loses the stage's result.
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
+        command = [sys.executable, "-P", str(REPRO), "--wait-for-lock", "repro", "--single-item"]
         command += ["--force", stage] if force else [stage]
         variables = os.environ | (environment or {})
         variables |= {

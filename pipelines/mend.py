@@ -14,11 +14,18 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from genus.files import write_text
 from pipelines.children import GROUPS, STATE
 from pipelines.reaper import let_go
 
 LOCK = Path("dvc.lock")
 PATHS = Path(".dvc/tmp/rwlock")
+# What models/none says in git: the stages of most models depend on it, and who deletes models/ deletes it too.
+PARENTLESS = Path("models/none/README.md")
+SAID = (
+    "The parent of models that learn from no other one: `parent: none` in params.yaml. A model that does, a prior over "
+    "the codes\nof a VQ-VAE-2, say, names it, and dvc.yaml then trains it anew when that one changes.\n"
+)
 
 
 def records() -> Iterator[str]:
@@ -29,6 +36,9 @@ def records() -> Iterator[str]:
     """
     for group in GROUPS.glob("*.lock"):
         let_go(group)
+    if not PARENTLESS.exists():
+        write_text(PARENTLESS, SAID)
+        yield f"{PARENTLESS.parent}: not there; made again, the models without a parent depend on it"
     if _read_lock() is None:
         STATE.mkdir(exist_ok=True)
         broken = LOCK.rename(STATE / "dvc.lock.broken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -166,9 +167,12 @@ def _bring_up_to_date(
 
 
 def _forkserver(params: config.Params, waiting: Collection[str]) -> AbstractContextManager[Callable[[], float]]:
-    """The server that the stages are forked from, where there are enough of them to be worth its start."""
+    """The server that the stages are forked from, where there are enough of them to be worth its start.
+
+    GENUS_FORKSERVER=none says that there is to be none: each stage does its own imports.
+    """
     several = sum(plan.kind(stage) in plan.TRAINS_OR_SAMPLES for stage in waiting) > 1
-    if several and forkserver.AVAILABLE:
+    if several and forkserver.AVAILABLE and os.environ.get(forkserver.VARIABLE) != config.NONE:
         return forkserver.running(FORKS, config.fixed_threads(params.threads))
     return nullcontext(lambda: 0.0)
 

@@ -9,6 +9,7 @@ from typing import Any
 from genus.errors import UserError
 
 VARIABLE = "GENUS_RUNNER"
+WAITS = 10  # seconds for a scheduler to answer
 # A worker's own lines of Prefect would come between those of the stages; its pages have them.
 QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 
@@ -43,7 +44,7 @@ def make(name: str, jobs: int) -> tuple[Any, int | None]:
             cluster_kwargs=local | {"memory_limit": 0, "env": QUIET, "silence_logs": "CRITICAL"}
         ), jobs
     try:
-        with distributed.Client(address, timeout=10) as client:
+        with distributed.Client(address, timeout=WAITS) as client:
             threads = sum(client.nthreads().values())
     except (OSError, ValueError) as error:  # a time-out is an OSError
         raise UserError(f"runner {name}: no Dask scheduler answers there") from error

@@ -10,9 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from genus import contract
+from genus import cli, contract
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def typed(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """``genus`` within this process: another one would import for seconds what is here already, for each mistake."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["genus", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert isinstance(caught.value.code, int)
+        return subprocess.CompletedProcess(arguments, caught.value.code, *capsys.readouterr())
+
+    return call
 
 
 def test_help_imports_nothing_heavy(genus: Call) -> None:
@@ -53,8 +69,8 @@ def test_models_shows_every_family(genus: Call) -> None:
         (["controls", "digits"], "data/processed/digits: no such data set"),
     ],
 )
-def test_wrong_command_is_one_line_and_status_2(genus: Call, arguments: list[str], line: str) -> None:
-    done = genus(*arguments)
+def test_wrong_command_is_one_line_and_status_2(typed: Call, arguments: list[str], line: str) -> None:
+    done = typed(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("genus: error: ") and line in done.stderr and done.stderr.count("\n") == 1
 
@@ -72,10 +88,10 @@ def test_wrong_command_is_one_line_and_status_2(genus: Call, arguments: list[str
         ("seed: 0", "seed: [", "params.yaml: not YAML, line"),
     ],
 )
-def test_wrong_params_are_one_line_and_status_2(genus: Call, project: Path, right: str, wrong: str, line: str) -> None:
+def test_wrong_params_are_one_line_and_status_2(typed: Call, project: Path, right: str, wrong: str, line: str) -> None:
     path = project / "params.yaml"
     path.write_text(path.read_text().replace(right, wrong, 1))
-    done = genus("run")
+    done = typed("run")
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -87,18 +103,22 @@ def test_wrong_params_are_one_line_and_status_2(genus: Call, project: Path, righ
     ],
 )
 def test_wrong_family_or_parameter_stops_before_anything_starts(
-    genus: Call, project: Path, family: str, params: str, line: str
+    typed: Call, project: Path, family: str, params: str, line: str
 ) -> None:
     head = (project / "params.yaml").read_text().partition("\nmodels:")[0]
     model = f"{{family: {family}, dataset: digits, collection: smoke, parent: none, params: {params}, evaluate: {{}}, "
     model += "train: {steps: 1, batch_size: 2}}"
     (project / "params.yaml").write_text(f"{head}\nmodels:\n  digits-mine: {model}\n")
-    done = genus("run", "--models", "digits-mine")
+    done = typed("run", "--models", "digits-mine")
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (project / "logs/ingest@digits.log").exists()
 
 
 def test_outside_a_project(genus: Call, project: Path) -> None:
+    """A process of its own, as a person starts it, and a mistake of typing in another."""
+    wrong = genus("rnu")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr == "genus: error: No such command 'rnu'. Did you mean 'run'?; see `genus --help`\n"
     (project / "params.yaml").unlink()
     done = genus("run")
     assert done.returncode == 2 and "params.yaml: no such file; run genus in the project's folder" in done.stderr

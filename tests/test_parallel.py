@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -206,17 +207,26 @@ def test_attention_without_dropout_is_no_draw() -> None:
         F.scaled_dot_product_attention(x, x, x)
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which the digits are ready to be trained on, for longer than a test takes."""
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from genus.stages import ingest
+
+    folder = tmp_path_factory.mktemp("ingested")
+    shutil.copy(ROOT / "params.yaml", folder)
+    with contextlib.chdir(folder):
+        ingest.run("digits")
+    return folder / "data"
+
+
+@pytest.fixture
+def project(tmp_path: Path, ingested: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which the digits are ready to be trained on, for longer than a test takes."""
     from tests.registry.workspace import new_store
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    ingest.run("digits")
-    text = re.sub(r"^budget: .*$", "budget: 1000", (tmp_path / "params.yaml").read_text(), flags=re.M)
+    shutil.copytree(ingested, tmp_path / "data")
+    text = re.sub(r"^budget: .*$", "budget: 1000", (ROOT / "params.yaml").read_text(), flags=re.M)
     (tmp_path / "params.yaml").write_text(text)
     new_store(tmp_path)
     yield tmp_path

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from genus import forkserver
+from genus.config import NONE
+from pipelines.children import FORKS
+
 # Stands in for `genus STAGE NAME`: the same files, after TOY_SECONDS; the stages in TOY_FAILS fail.
 STAGE = """
 import json, os, pathlib, sys, time
@@ -131,13 +135,24 @@ device: cpu
 
 
 @pytest.fixture
-def toy(project: Path) -> Path:
-    """The toy project, the working directory of the test."""
+def toy(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy project, the working directory of the test.
+
+    Its stages need no libraries, so nobody shall import them ahead for each run: ``forks`` is for the tests of that.
+    """
+    monkeypatch.setenv(forkserver.VARIABLE, NONE)
     (project / "stage.py").write_text(STAGE)
     (project / "params.yaml").write_text(PARAMS)
     graph = (project / "dvc.yaml").read_text().replace("cmd: genus", "cmd: python stage.py")
     (project / "dvc.yaml").write_text(graph)
     return project
+
+
+@pytest.fixture
+def forks(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The socket of the server that a run of the toy project starts, as those of real ones do."""
+    monkeypatch.delenv(forkserver.VARIABLE)
+    return toy / FORKS
 
 
 def ran(toy: Path) -> list[str]:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from genus import outbox
+from genus import forkserver, outbox
+from genus.config import NONE
 from pipelines.children import Children, StageFailed
 from pipelines.reaper import Reaper, lasting, let_go
 from tests.conftest import ROOT
@@ -120,12 +121,12 @@ def pids_of(toy: Path, mark: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and Path(os.readlink(entry / "cwd")) == toy:
+            if entry.name.isdigit() and entry.name != str(os.getpid()) and Path(os.readlink(entry / "cwd")) == toy:
                 found += [int(entry.name)] if mark.encode() in (entry / "cmdline").read_bytes() else []
     return found
 
 
-@pytest.mark.parametrize("victim", ["stage.py", "dvc"])
+@pytest.mark.parametrize("victim", ["stage.py", "repro.py"])
 def test_killed_stage_is_one_line_and_leaves_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
     monkeypatch.setenv("TOY_SECONDS", "60")
     failures: list[StageFailed] = []
@@ -149,7 +150,7 @@ def test_killed_stage_is_one_line_and_leaves_nothing(toy: Path, monkeypatch: pyt
 
 
 def test_killed_flow_and_killed_server(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, prefect: None, prefect_database: Path
+    toy: Path, forks: Path, monkeypatch: pytest.MonkeyPatch, prefect: None, prefect_database: Path
 ) -> None:
     """With a Prefect server of its own, which is started again when it is killed, and ends with the flow."""
     from prefect.settings import PREFECT_API_URL
@@ -163,6 +164,7 @@ def test_killed_flow_and_killed_server(
         run = subprocess.Popen(command, cwd=toy, stdout=said, stderr=said, start_new_session=True)
     wait_until(lambda: "ingest@digits" in ran(toy), 200)
     first = pids_of(toy, "server\0start")
+    assert pids_of(toy, "genus.forkserver")
     os.kill(first[0], signal.SIGKILL)
     wait_until(lambda: set(pids_of(toy, "server\0start")) - set(first), 30)
     os.kill(run.pid, signal.SIGKILL)
@@ -174,6 +176,7 @@ def test_killed_flow_and_killed_server(
     waits.parent.mkdir(parents=True)
     waits.write_text("{}")
     monkeypatch.setenv("TOY_SECONDS", "0")
+    monkeypatch.setenv(forkserver.VARIABLE, NONE)
     monkeypatch.setenv("PREFECT_API_URL", PREFECT_API_URL.value() or "")
     again = subprocess.run(command, cwd=toy, capture_output=True, text=True)
     assert "done " in again.stdout and "train@digits-vae" in ran(toy), again.stdout + again.stderr

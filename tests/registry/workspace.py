@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import json
@@ -54,14 +55,19 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
 
 
-def small(family: str) -> dict[str, Any]:
-    """A family, its parameters and what it learns from, as the smoke models of params.yaml have them."""
+@functools.cache
+def _small(family: str) -> dict[str, Any]:
     from genus.config import load
 
     params = load(Path(__file__).parents[2] / "params.yaml")
     names = (name for name in params.collection("smoke") if params.models[name].family == family)
     found = params.described(next(names, "none"))
     return found or {"family": family, "params": {}, "parent": None}
+
+
+def small(family: str) -> dict[str, Any]:
+    """A family, its parameters and what it learns from, as the smoke models of params.yaml have them."""
+    return copy.deepcopy(_small(family))
 
 
 def small_params(family: str) -> dict[str, Any]:

@@ -361,7 +361,7 @@ def processes(place: Path) -> dict[str, list[int]]:
 
 
 def _kind(pid: int, said: str) -> str:
-    kinds = {"genus.forkserver": "forkserver", "genus run": "flow", "dvc": "dvc", "prefect": "prefect"}
+    kinds = {"genus.forkserver": "forkserver", "genus run": "flow", "repro": "dvc", "prefect": "prefect"}
     kind = next((kind for mark, kind in kinds.items() if mark in said), "stage")
     # A fork has its server's command line; what a fork of it has forked is a stage.
     above = command(parent(pid))

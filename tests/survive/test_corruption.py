@@ -15,11 +15,13 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 import pipelines.run
+from genus import config
 from genus.data.loaders import open_dataset
 from genus.errors import UserError
 from genus.files import read_json, read_tensors, replacing, write_text
-from pipelines import mend
+from pipelines import mend, plan
 from pipelines.outcome import TIMED
+from tests.conftest import ROOT
 from tests.pipelines.conftest import ran, toy  # noqa: F401 (a fixture)
 
 WEIGHTS = Path("models/digits-vae/weights.safetensors")
@@ -111,6 +113,14 @@ def test_cut_lock_is_put_away_and_the_cache_has_all(toy: Path) -> None:  # noqa:
     assert content() == before and YAML(typ="safe").load(lock) == YAML(typ="safe").load(text)
     assert ran(toy)[len(stages) :] == ["ingest@digits"]  # whose outputs persist: those DVC does not look up
     assert list(mend.records()) == []
+
+
+def test_a_deleted_folder_of_models_costs_no_run_its_parent_that_is_none(toy: Path) -> None:  # noqa: F811
+    kept = (ROOT / mend.PARENTLESS).read_bytes()
+    shutil.rmtree(toy / "models")
+    assert list(mend.records()) == ["models/none: not there; made again, the models without a parent depend on it"]
+    assert mend.PARENTLESS.read_bytes() == kept and list(mend.records()) == []
+    assert "evaluate@digits-vae" in plan.make(config.load(), models=["digits-vae"]).stages
 
 
 def test_cut_files_are_one_line_that_names_them(tmp_path: Path) -> None:
