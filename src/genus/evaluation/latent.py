@@ -16,7 +16,6 @@ from genus.evaluation.metrics import mean_interval, wilson
 
 CODED = 2_000  # test examples that are encoded
 ACTIVE = 0.01  # variance of a number's mean over the examples above which it is active
-PAIRS, BETWEEN = 3, 5  # documents between which texts are shown, and how many of each pair
 
 
 @torch.inference_mode()
@@ -46,22 +45,6 @@ def active_units(task: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     low, high = wilson(active, latent)
     found = {"value": active / latent, "low": low, "high": high, "n": len(codes), "active": active, "latent": latent}
     return {"active_units": found}, {}
-
-
-@torch.inference_mode()
-def between(task: Any) -> list[dict[str, Any]]:
-    """Text: what lies between the codes of two test documents, decoded, for some pairs: [{"label", "texts"}].
-
-    The first text and the last are what is left of the documents themselves, which stand in the label.
-    """
-    documents = _documents(task)[: 2 * PAIRS]
-    spec, codes = task.data.spec, task.model.encode(documents)
-    t, found = torch.linspace(0, 1, BETWEEN, device=codes.device, dtype=codes.dtype), []
-    for pair, (a, b) in zip(documents.split(2), codes.split(2), strict=True):
-        written = task.model.decode(spherical(a, b, t))
-        ends = " … ".join(spec.text(row) for row in pair.tolist())
-        found.append({"label": f"between: {ends}", "texts": [spec.text(row) for row in written.tolist()]})
-    return found
 
 
 def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -268,7 +268,11 @@ def _dataset(card: Mapping[str, Any], name: str, place: int, album: Album) -> Vi
         "iwae": [chart for key, record in working.items() if (chart := _iwae(record, looks[key]))],
         "training": [_training(record, looks[key]) for key, record in working.items() if record.get("history")],
         "probes": _probes(working, looks),
-        "inside": [inside for model in models if (inside := _inside(records[model["name"]], model, album))],
+        "inside": [
+            inside
+            for model in models
+            if (inside := (_decoded if text else _inside)(records[model["name"]], model, album))
+        ],
         "two_d": _two_d(working, looks, album),
         "controls": _controls(about.get("controls") or {}, name, album, TEXT_CONTROLS if text else CONTROLS),
         "controls_picture": album.get(name, "controls.png", shown=900),
@@ -295,7 +299,7 @@ def _model(name: str, record: Figure, index: int, album: Album) -> View:
         "sha256": record.get("sha256") or "",
         "failure": record.get("failure") or "",
         "samples": album.get(name, "samples.png"),
-        "texts": record.get("texts") or [],
+        "texts": [part for part in record.get("texts") or [] if not part.get("kind")],
         "classes": _classes((record.get("metrics") or {}).get("missing_classes") or {}),
     }
 
@@ -1105,6 +1109,20 @@ def _inside(record: Figure, look: View, album: Album) -> View | None:
         "without": [kind for kind, strip in strips.items() if not strip],
         "copied": told,
     }
+
+
+DECODED = {  # of text
+    "reconstruction": ("Reconstructions", "a test document, then what its code decodes to"),
+    "interpolation": ("Interpolations", "from one test document to another, what the codes between theirs decode to"),
+}
+
+
+def _decoded(record: Figure, look: View, _: Album) -> View | None:
+    """What a model of text has decoded from codes of documents: heading, words and [texts] of each kind."""
+    parts = [part for part in record.get("texts") or [] if part.get("kind")]
+    kinds = {kind: [part["texts"] for part in parts if part["kind"] == kind] for kind in DECODED}
+    found = [(*DECODED[kind], texts) for kind, texts in kinds.items() if texts]
+    return {"look": look, "kinds": found} if found else None
 
 
 def _two_d(records: Mapping[str, Figure], looks: Mapping[str, View], album: Album) -> View:

@@ -14,7 +14,8 @@ from genus import progress
 from genus.contract import Batch, Encodes, Informs, Samples, Scores
 from genus.evaluation import constraints
 from genus.evaluation.evaluate import Metric, Task, Timing, milliseconds
-from genus.evaluation.latent import active_units, between, rate
+from genus.evaluation.latent import active_units, rate
+from genus.evaluation.text.codes import from_codes
 from genus.evaluation.text.documents import Documents
 from genus.evaluation.text.quality import Figures, quality, ratio
 from genus.training import autocast
@@ -97,10 +98,12 @@ def knob_curve(task: Task) -> tuple[Figures, Timing]:
 
 
 def shown(task: Task) -> list[dict[str, Any]]:
-    """The first samples, nobody chose them, at three temperatures where the model has such a knob: [{label, texts}].
+    """What a model has written: [{label, texts}], from codes of documents with their kind (codes.from_codes)."""
+    return samples(task) + from_codes(task)
 
-    And what lies between the codes of documents, where there are codes.
-    """
+
+def samples(task: Task) -> list[dict[str, Any]]:
+    """The first samples, nobody chose them, at three temperatures where the model has such a knob: [{label, texts}]."""
     if not isinstance(task.model, Samples):
         return []
     if "temperature" not in inspect.signature(task.model.sample).parameters:
@@ -110,7 +113,7 @@ def shown(task: Task) -> list[dict[str, Any]]:
     for temperature in TEMPERATURES:
         rows = task.draw(SHOWN, seed=task.seed + 12, knobs={"temperature": temperature})
         found.append({"label": f"temperature {temperature:g}", "texts": Documents.drawn(rows).texts(task.data.spec)})
-    return found + (between(task) if isinstance(task.model, Encodes) else [])
+    return found
 
 
 METRICS = (

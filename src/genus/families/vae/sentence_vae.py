@@ -17,7 +17,7 @@ Differences from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from genus import samplers
 from genus.contract import Batch, Family, Terms
 from genus.data.spec import DataSpec
 from genus.families.vae._networks import kl_by_dimension
+
+DECODED = 0.5  # temperature of the documents that codes decode to
 
 Memory = tuple[Tensor, Tensor]  # of the decoder: output and cell, both [1, B, hidden]
 
@@ -78,6 +80,10 @@ class SentenceVAE(Family):
         self.decoder = nn.LSTM(embedding + latent, hidden, batch_first=True)
         self.head = nn.Linear(hidden, spec.vocabulary)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training: where the annealing is
+        with torch.no_grad():  # forget gates start open (Gers et al. 2000); the gates' order is input, forget, …
+            weights = dict(self.decoder.named_parameters())
+            weights["bias_hh_l0"].zero_()
+            weights["bias_ih_l0"].zero_()[hidden : 2 * hidden] = 1.0
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of q(z|x) for documents [B, T], each [B, latent]."""
@@ -148,8 +154,17 @@ class SentenceVAE(Family):
 
     @torch.no_grad()
     def decode(self, code: Tensor) -> Tensor:
-        """The document that p(x|z) makes step by step of the likeliest tokens: int64 [B, T], zeros after its end."""
-        return self._written(code, torch.Generator(code.device), temperature=0.0)  # of which nothing is drawn
+        """One document a code, always the same: int64 [B, T], zeros after its end.
+
+        The likeliest tokens would run in circles (Holtzman et al. 2020, 1904.09751). These are drawn from p(x|z) at the
+        temperature ``DECODED``, by Gumbel noise of a fixed seed, the same for all codes: what differs is theirs.
+        """
+        generator = torch.Generator(code.device).manual_seed(0)
+
+        def perturbed(logits: Tensor) -> Tensor:
+            return logits / DECODED - torch.empty_like(logits[:1]).exponential_(generator=generator).log()
+
+        return self._written(code, generator, change=perturbed, temperature=0.0)
 
     @torch.no_grad()
     def sample(
@@ -170,13 +185,21 @@ class SentenceVAE(Family):
         knobs: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "length": length}
         return self._written(z, generator, prompt=self.spec.tokens(prompt), **knobs)
 
-    def _written(self, z: Tensor, generator: Generator, *, prompt: list[int] | None = None, **knobs: Any) -> Tensor:
+    def _written(
+        self,
+        z: Tensor,
+        generator: Generator,
+        *,
+        prompt: list[int] | None = None,
+        change: Callable[[Tensor], Tensor] = lambda logits: logits,
+        **knobs: Any,
+    ) -> Tensor:
         memory: Memory | None = None
 
         def follow(tokens: Tensor) -> Tensor:
             nonlocal memory
             logits, memory = self.read(tokens, z, memory)
-            return logits[:, -1]
+            return change(logits[:, -1])
 
         room: dict[str, Any] = {"longest": self.spec.shape[0], "device": z.device}
         return samplers.documents(follow, len(z), prompt=prompt or [], generator=generator, **room, **knobs)
