@@ -3,8 +3,9 @@
 python docs/tables.py
 
 X is a collection (its records must be there: `genus run --collection X`; X-text where some of its models are of text),
-`evaluations` (quality against what a sample costs, of the collections tour and score), `budget-10` (benchmarks/results)
-or `claims` (the default collection's). A table whose figures are not there stays as it is, and is named.
+`evaluations` (quality against what a sample costs, of the collections tour and score), `claims` (the default
+collection's), or what a benchmark has kept in benchmarks/results: `budget-10`, `modes`, `wgan-loss`, `beta`, `peers`.
+A table whose figures are not there stays as it is, and is named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Entry = dict[str, Any]
 
 def main() -> None:
     made = {"claims": claims, "evaluations": evaluations, "budget-10": lambda: larger("10")}
+    made |= {"modes": modes, "wgan-loss": wgan_loss, "beta": beta, "peers": peers}
     for name in config.load().collections:
         made |= {name: partial(collection, name), f"{name}-text": partial(of_text, name)}
 
@@ -148,6 +150,63 @@ def larger(budget: str) -> list[str]:
         spent = f"{entry['steps']:,} / {entry['train_seconds']:.0f}"
         rows.append([name, f"{entry['parameters']:,}", likelihood, *frechet(metrics), spent])
     return markdown(headings, rows)
+
+
+def kept(name: str) -> Entry:
+    """What a benchmark has kept; nothing where it has not been run."""
+    path = Path(f"benchmarks/results/{name}.json")
+    return read_json(path) if path.exists() else {}
+
+
+def modes() -> list[str]:
+    """benchmarks/modes.py."""
+    rows = [
+        [loss.removeprefix("gan/"), ", ".join(map(str, found["modes"])), f"{found['high_quality'][0]:.0%}"]
+        for loss, found in sorted(kept("modes").get("losses", {}).items(), key=lambda entry: -entry[1]["modes"][0])
+    ]
+    return markdown("loss|modes found of 25|samples within three standard deviations of one", rows)
+
+
+def wgan_loss() -> list[str]:
+    """benchmarks/wgan_loss.py."""
+    rows = []
+    for name, run in kept("wgan_loss").items():
+        for key, of in (("near", "near its best at each point"), ("online", "as it is in training")):
+            found = run["rank_correlation"][key]
+            rows.append(
+                [name, of, f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})", str(found["n"])]
+            )
+    return markdown("training|critic|rank correlation of loss and Fréchet distance|points", rows)
+
+
+def beta() -> list[str]:
+    """benchmarks/beta_curve.py: the comparison that was fixed before its seeds were run."""
+    answer = kept("beta-curve").get("answer", {})
+    rows = []
+    for key, name in (("mutual_information_gap", "MIG"), ("dci", "DCI")):
+        if found := answer.get(key):
+            plain, heavy = (sum(values) / len(values) for values in found["values"])  # a list a beta
+            rows.append(
+                [
+                    name,
+                    f"{plain:.3f}",
+                    f"{heavy:.3f}",
+                    f"{found['difference']:+.3f} (at least {found['low']:.3f})",
+                    f"{found['p_value']:.3f}",
+                    str(found["n"]),
+                ]
+            )
+    low, high = answer.get("betas", (1, 1))
+    return markdown(f"|β = {low:g}|β = {high:g}|difference (95%)|p, one-sided|seeds", rows)
+
+
+def peers() -> list[str]:
+    """benchmarks/peers.py."""
+    rows = [
+        [name, f"{race['ratio']:.2f} ({' to '.join(f'{end:.2f}' for end in race['quartiles'])})", race["equal"]]
+        for name, race in kept("peers").get("races", {}).items()
+    ]
+    return markdown("beside|our images/s as a multiple of theirs (quartiles)|what is equal", rows)
 
 
 def claims() -> list[str]:
