@@ -134,6 +134,25 @@ class Informs(Protocol):
 
 
 @runtime_checkable
+class Infers(Protocol):
+    """Draws codes of an example from a posterior, and says how probable the example is given one."""
+
+    latent: int
+
+    def infer(self, x: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        """A code [B, latent] drawn from q(z|x), and log q(z|x) of it, [B] nats."""
+        ...
+
+    def log_likelihood(self, x: Tensor, code: Tensor) -> Tensor:
+        """[B] nats: log p(x|z) of the data as stored."""
+        ...
+
+    def show(self, code: Tensor, *, generator: Generator, temperature: float = 0.0) -> Tensor:
+        """[B, *shape] in the units of DataSpec: the expected example, or at ``temperature`` 1 one from p(x|z)."""
+        ...
+
+
+@runtime_checkable
 class Denoises(Protocol):
     """Knows the posterior mean under Gaussian noise, and with it the score at every noise level."""
 
@@ -222,6 +241,7 @@ CAPABILITIES: dict[str, type] = {
     "decodes": Decodes,
     "weighs": Weighs,
     "informs": Informs,
+    "infers": Infers,
     "denoises": Denoises,
     "quantises": Quantises,
     "walks": Walks,

@@ -35,6 +35,7 @@ from genus.data.spec import DataSpec
 Parent = Mapping[str, Any] | None  # the description of what a model learns from, as contract.build takes it
 
 SIDES = (4, 8, 12, 16, 32, 64)  # of the small images, the first that the family takes
+CLASSES = ("one", "other")  # for models that are told labels
 STEPS, BATCH, RATE = 60, 64, 1e-2  # of the trainings with an arbitrary module inside
 FRESH = 2000  # images of random bits by which a density is tried
 WINDOWS, CONTEXT = 16, 24  # of text, in a batch, and tokens of each at most
@@ -286,10 +287,10 @@ def _small(
         alphabet = spec.alphabet if spec else "01"
         return _built(family, params, parent, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
     if spec.kind == "vector" if spec else "image" not in kinds:
-        return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16), seed)
+        return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16, CLASSES), seed)
     for side in SIDES:
         try:
-            model = _built(family, params, parent, DataSpec((channels, side, side), depth), seed)
+            model = _built(family, params, parent, DataSpec((channels, side, side), depth, CLASSES), seed)
         except ValueError as error:
             refused = str(error)
             continue

@@ -25,75 +25,7 @@ from torch import Generator, Tensor, nn
 
 from genus.contract import Batch, Family, Quantises, Terms
 from genus.data.spec import DataSpec
-
-
-class Attention(nn.Module):
-    """Self-attention; where it is ``causal``, to the places up to its own, in raster order."""
-
-    later: Tensor
-
-    def __init__(self, channels: int, heads: int, rows: int, columns: int, causal: bool):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
-        slopes = 2.0 ** -torch.arange(heads)
-        self.bias = nn.Parameter(-slopes.view(-1, 1, 1) * torch.cdist(places, places, p=1))  # [heads, P, P]
-        later = torch.ones_like(self.bias[0]).triu(1).bool()
-        self.register_buffer("later", later if causal else torch.zeros_like(later), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, P, C] -> [B, P, C]."""
-        q, k, v = self.project(x)
-        return self.attend(q, k, v, self.bias.masked_fill(self.later, -math.inf))
-
-    def step(self, x: Tensor, cache: Tensor, place: int) -> Tensor:
-        """One place, [n, 1, C] -> [n, 1, C]; ``cache``, of shape ``room``, holds what earlier ones left."""
-        q, k, v = self.project(x)
-        cache[0, :, :, place], cache[1, :, :, place] = k[:, :, 0], v[:, :, 0]
-        k, v = cache[:, :, :, : place + 1]
-        return self.attend(q, k, v, self.bias[:, place : place + 1, : place + 1])
-
-    def project(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values of features [B, P, C]: [B, heads, P, d] each."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return [q / math.sqrt(q.shape[-1]), k, v]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Queries [B, heads, Q, d], keys and values [B, heads, K, d], bias [heads, Q, K] -> [B, Q, C]."""
-        weights = (q @ k.transpose(-2, -1) + bias).softmax(-1).to(v.dtype)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-    def room(self, n: int) -> tuple[int, ...]:
-        """The shape of a cache for ``n`` examples."""
-        channels, places = self.out.in_features, len(self.later)
-        return (2, n, self.heads, places, channels // self.heads)
-
-
-class Layer(nn.Module):
-    """Attention, then a network a place, each on normalised features and added to them."""
-
-    def __init__(self, channels: int, heads: int, rows: int, columns: int, causal: bool = True):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.attention = Attention(channels, heads, rows, columns, causal)
-        self.network = nn.Sequential(
-            nn.LayerNorm(channels),
-            nn.Linear(channels, 4 * channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(4 * channels, channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, P, C] -> [B, P, C]."""
-        x = x + self.attention(self.norm(x))
-        return x + self.network(x)
-
-    def step(self, x: Tensor, cache: Tensor, place: int) -> Tensor:
-        """One place, as ``Attention.step``: [n, 1, C] -> [n, 1, C]."""
-        x = x + self.attention.step(self.norm(x), cache, place)
-        return x + self.network(x)
+from genus.nn.raster import Layer
 
 
 class Tokens(nn.Module):
@@ -155,8 +87,8 @@ class Level(nn.Module):
         self.before = nn.Conv2d(channels, channels, (1, 2), bias=False)
         self.place = nn.Parameter(torch.zeros(rows * columns, channels))
         self.known = Tokens(entries, known, channels) if known else None
-        self.around = Layer(channels, heads, rows, columns, causal=False) if known else None
-        self.layers = nn.ModuleList(Layer(channels, heads, rows, columns) for _ in range(layers))
+        self.around = on_places(grid, channels, heads, causal=False) if known else None
+        self.layers = nn.ModuleList(on_places(grid, channels, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(channels)
         self.head = Head(channels, entries, values, channels)
 
@@ -169,9 +101,10 @@ class Level(nn.Module):
         embedded = self.embedding(tokens).transpose(1, 2)  # [B, C, P]
         above = F.pad(embedded.unflatten(2, self.grid), (2, 2, 2, -1))
         h = self.embed(above, F.pad(embedded, (2, -1)).unsqueeze(2)) + self.given(known)
+        h = h.unsqueeze(1)
         for layer in self.stack():
             h = layer(h)
-        logits = self.head(self.norm(h).flatten(0, 1), tokens.flatten(0, 1))
+        logits = self.head(self.norm(h).flatten(0, 2), tokens.flatten(0, 1))
         return logits.unflatten(1, tokens.shape[:2])
 
     def sample(self, known: Tensor, generator: Generator, temperature: float, top_k: int) -> Tensor:
@@ -181,7 +114,7 @@ class Level(nn.Module):
         tokens = known.new_zeros(n, rows * columns, self.values)
         above = self.place.new_zeros(n, self.channels, 2 + rows, 2 + columns + 2)
         before = self.place.new_zeros(n, self.channels, 1, 2 + rows * columns)
-        caches = [self.place.new_zeros(layer.attention.room(n)) for layer in layers]
+        caches = [layer.attention.cache(n, rows * columns) for layer in layers]
         for place, (r, c) in enumerate(itertools.product(range(rows), range(columns))):
             h = self.embed(above[:, :, r : r + 2, c : c + 5], before[..., place : place + 2])
             h = h + given[:, place : place + 1]
@@ -198,7 +131,7 @@ class Level(nn.Module):
         """What is known of each place before its grid's tokens: [B, P, C]; [1, P, C] where that is the place alone."""
         if self.known is None or self.around is None:
             return self.place.unsqueeze(0)
-        return self.around(self.known(known) + self.place)
+        return self.around((self.known(known) + self.place).unsqueeze(1)).squeeze(1)
 
     def embed(self, above: Tensor, before: Tensor) -> Tensor:
         """Features [B, R * W, C] of places from what is above and before them.
@@ -314,6 +247,22 @@ class CodePrior(Family):
         rows, columns = self.grids[0]
         cut = [grid.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)) for grid in tokens]  # [B, R, v, W, w]
         return [grid.transpose(2, 3).flatten(3).flatten(1, 2) for grid in cut]
+
+
+def on_places(grid: tuple[int, int], channels: int, heads: int, *, causal: bool = True) -> Layer:
+    """A Transformer's layer in which every place of a grid attends to those up to its own; or else to all of them.
+
+    To it all places are one row, but its bias starts by their distance on the grid.
+    """
+    rows, columns = grid
+    layer = Layer(channels, heads, 0, 1, rows * columns)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    slopes = 2.0 ** -torch.arange(heads)
+    with torch.no_grad():
+        layer.attention.bias.copy_(-slopes.view(-1, 1, 1) * torch.cdist(places, places, p=1))  # [heads, P, P]
+    if not causal:
+        layer.attention.hidden.zero_()
+    return layer
 
 
 def draw(logits: Tensor, generator: Generator, temperature: float, top_k: int) -> Tensor:
