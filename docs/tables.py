@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from genus import config
+from genus.evaluation.scorecard import draws
 from genus.files import read_json, write_text
 
 README = Path("README.md")
@@ -47,11 +48,14 @@ def measured(name: str) -> list[Entry]:
 def collection(name: str) -> list[str]:
     """The models of a collection, the best likelihood first, those without one by their Fréchet distance.
 
-    Of text where all are of text; else those of text are left out. What only some models have is a column of its own.
+    Of text where all are of text; else those of text are left out. What only some models have is a column of its own;
+    those that translate and draw nothing have a table of their own below it.
     """
     images = [record for record in measured(name) if "bits_per_char" not in record["metrics"]]
     if not images:
         return of_text(name)
+    others = [record for record in images if not draws(record)]
+    images = [record for record in images if draws(record)]
     further = {key: of for key, of in FURTHER.items() if any(key in record["metrics"] for record in images)}
     headings = "model|family|paper|parameters|bits/dim, kind|Fréchet distance (floor)|share of the Gaussian control"
     headings += "|n|coverage|steps / s|images/s|ms/sample"
@@ -74,7 +78,37 @@ def collection(name: str) -> list[str]:
                 *(number(metrics.get(key), form) for key, (_, form) in further.items()),
             ]
         )
+    return [*markdown(headings, rows), *([""] if rows and others else []), *translations(others)]
+
+
+def translations(records: list[Entry]) -> list[str]:
+    """A row a direction."""
+    headings = "model|direction|paper|parameters|taken for the target (before; real ones)|n"
+    headings += "|error there and back, of white|silhouette kept|steps / s|ms/image"
+    rows = []
+    for record in sorted(records, key=lambda record: record["name"]):
+        metrics, timing = record["metrics"], record["timing"]
+        for way, found in metrics["translated_accuracy"]["ways"].items():
+            cycle, kept = (metrics[key]["ways"][way] for key in ("cycle_error", "kept_silhouette"))
+            rows.append(
+                [
+                    record["name"].removeprefix(f"{record['dataset']}-"),
+                    way,
+                    linked(record["paper"]),
+                    f"{record['parameters']:,}",
+                    f"{interval(found, '{:.2f}')} ({found['before']:.2f}; {found['floor']:.2f})",
+                    f"{found['n']:,}",
+                    interval(cycle, "{:.3f}"),
+                    interval(kept, "{:.2f}"),
+                    f"{record['steps']:,} / {timing['train_seconds']:.0f}",
+                    f"{timing['translate_ms']:.2f}",
+                ]
+            )
     return markdown(headings, rows)
+
+
+def interval(figure: Entry, form: str) -> str:
+    return f"{form.format(figure['value'])}, {form.format(figure['low'])} to {form.format(figure['high'])}"
 
 
 FURTHER = {  # of a metric: its heading, its form

@@ -88,7 +88,11 @@ def models_() -> None:
     from genus.data.spec import DataSpec
 
     console = Console(highlight=False)
-    specs = {"image": DataSpec((1, 32, 32)), "vector": DataSpec((2, 1, 1)), "text": DataSpec((64,), 0, (), "abc")}
+    specs = {
+        "image": DataSpec((1, 32, 32), classes=("0", "1")),  # some are of two classes
+        "vector": DataSpec((2, 1, 1)),
+        "text": DataSpec((64,), 0, (), "abc"),
+    }
     families = Table(title="families", title_justify="left", box=None, header_style="bold", pad_edge=False)
     for heading in ("family", "paper", "can"):
         families.add_column(heading, overflow="fold")

@@ -198,6 +198,17 @@ class Conditional(Protocol):
 
 
 @runtime_checkable
+class Translates(Protocol):
+    """Makes an example of one class into one of another, both ways. It may draw nothing of its own."""
+
+    domains: tuple[int, int]  # the labels of the two classes
+
+    def translate(self, x: Tensor, to: int, *, generator: Generator) -> Tensor:
+        """[B, *shape] of the one domain to [B, *shape] of the domain ``to``, both in the units of DataSpec."""
+        ...
+
+
+@runtime_checkable
 class Initialises(Protocol):
     """Sets itself up from a first batch (actnorm): the trainer calls it once, before the first step."""
 
@@ -246,6 +257,7 @@ CAPABILITIES: dict[str, type] = {
     "quantises": Quantises,
     "walks": Walks,
     "conditional": Conditional,
+    "translates": Translates,
 }
 
 

@@ -1,4 +1,4 @@
-"""Drawing from any family that can sample: in chunks, from one seed, as stored values."""
+"""Drawing from any family that can sample, and translating by any that can: in chunks, from one seed, as stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from genus import progress
-from genus.contract import Family, Samples
+from genus.contract import Family, Samples, Translates
 from genus.training import autocast
 
 
@@ -46,4 +46,27 @@ def draw(
     if model.spec.kind == "text":
         widest = max(part.shape[1] for part in parts)
         parts = [np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts]
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def translate(
+    model: Family, images: np.ndarray, to: int, *, seed: int, device: torch.device, batch_size: int = 100
+) -> np.ndarray:
+    """Stored images [n, *shape] of the model's one domain as stored images of the domain ``to``.
+
+    Raises FloatingPointError, naming the image, where a translation is not finite.
+    """
+    if not isinstance(model, Translates):
+        raise TypeError(f"{type(model).__module__} cannot translate")
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = [np.array(images[:0])]
+    for start in range(0, len(images), batch_size):
+        x = model.spec.to_float(torch.from_numpy(np.array(images[start : start + batch_size])).to(device))
+        with autocast(device):
+            y = model.translate(x, to, generator=generator)
+        if not y.isfinite().all():
+            bad = start + int((~y.isfinite().flatten(1).all(1)).nonzero()[0])
+            raise FloatingPointError(f"translation {bad} of {len(images)} to '{model.spec.classes[to]}' is not finite")
+        parts.append(model.spec.to_stored(y.float()).cpu().numpy())
     return np.concatenate(parts)

@@ -11,7 +11,17 @@ import torch
 from torch import Generator, Tensor
 
 from genus.config import Evaluate
-from genus.contract import Batch, Decodes, Family, Quantises, build, family_class, family_names
+from genus.contract import (
+    Batch,
+    Decodes,
+    Family,
+    Quantises,
+    Samples,
+    Translates,
+    build,
+    family_class,
+    family_names,
+)
 from genus.data.loaders import Dataset
 from genus.data.spec import DataSpec
 from genus.errors import UserError
@@ -45,13 +55,17 @@ def test_a_model_has_the_figures_of_its_capabilities_and_no_others(family: str, 
     assert ("iwae_bits_per_dim" in figures) == has["log_weights"]
     assert ("ode_bits_per_dim" in figures) == has["denoise"]
     assert ("latent_share" in figures) == isinstance(model, Decodes)
-    assert "kid" in figures and figures["nfe"]["value"] >= 1 and timing["sample_ms_1"] > 0
+    samples, translates = isinstance(model, Samples), isinstance(model, Translates)
+    assert ("kid" in figures) == ("sample_ms_1" in timing) == samples
+    assert (figures["nfe"]["value"] >= 1) if samples else "nfe" not in figures
+    assert ("translated_accuracy" in figures) == ("translate_ms" in timing) == translates and (samples or translates)
     assert not any("_ms" in name or "second" in name for name in figures), "timings stand apart"
     pictures = gallery(task(model, digits))
     assert ("interpolation" in pictures) == isinstance(model, Decodes) and ("trajectory" in pictures) == has["denoise"]
     assert ("reconstruction" in pictures) == has["encode"]
     assert ("codes_used" in figures) == isinstance(model, Quantises)
-    assert {"samples", "nearest"} <= set(pictures) and all(p.dtype == np.uint8 for p in pictures.values())
+    assert ("samples" in pictures) == ("nearest" in pictures) == samples and ("translation" in pictures) == translates
+    assert all(p.dtype == np.uint8 for p in pictures.values())
 
 
 def test_same_model_same_figures(digits: Digits) -> None:

@@ -432,3 +432,23 @@ def test_all_text_has_contrast(opened: Any, scheme: str) -> None:
     assert [(kind, round(ratio, 2)) for kind, ratio in found if ratio < 4.5] == []
     dark = opened.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] < 128")
     assert dark == (scheme == "dark")  # the schemes really differ
+
+
+def test_translations_have_a_table_and_a_picture(tmp_path: Path) -> None:
+    """A row a direction and one for both; a model that draws nothing shows what it has translated."""
+    share = {"value": 0.9, "low": 0.88, "high": 0.92, "n": 200, "floor": 0.95, "before": 0.02}
+    error = {"value": 0.041, "low": 0.039, "high": 0.043, "n": 200}
+    metrics = {
+        "translated_accuracy": share
+        | {"ways": {"Sneaker to Boot": share | {"value": 0.8123}, "Boot to Sneaker": share}},
+        "cycle_error": error | {"ways": {"Sneaker to Boot": error, "Boot to Sneaker": error}},
+    }
+    name = f"{example.DATASET}-cyclegan"
+    record = {"name": name, "family": "gan/cyclegan", "dataset": example.DATASET, "can": ["translates"]}
+    (tmp_path / name).mkdir()
+    Image.new("L", (40, 24)).save(tmp_path / name / "translation.png")
+    card = example.example(tmp_path, {name: record | {"metrics": metrics, "timing": {"translate_ms": 0.7}}})
+    tags = Tags(report.page(card, tmp_path))
+    assert "From class to class" in tags.text and "Sneaker to Boot" in tags.text and "0.020 before" in tags.text
+    assert f"Test images, translated and back, by {name}" in {image.get("alt") for image in tags.all("img")}
+    assert "From class to class" not in Tags(report.page(example.example(tmp_path), tmp_path)).text

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from genus.config import Train
-from genus.contract import Batch, Conditional, Samples, build, family_names
+from genus.contract import Batch, Conditional, Samples, build, family_class, family_names
 from genus.data.spec import DataSpec
 from genus.families.gan._adversarial import Adversarial, deal, slopes
 from genus.families.gan.wgan import WGAN
 from genus.training import train
 
-ALL = [name for name in family_names() if name.startswith("gan/")]
+ALL = [name for name in family_names() if issubclass(family_class(name), Adversarial)]
 IMAGES = DataSpec((1, 8, 8), 17, tuple("abc"))
 
 

@@ -27,6 +27,7 @@ from genus.contract import (
     Initialises,
     Samples,
     Scores,
+    Translates,
     build,
     family_class,
 )
@@ -76,14 +77,17 @@ class Arbitrary(nn.Module):
             return getattr(self.__dict__["was"], name)
 
 
-def free_places(family: str, params: dict[str, Any], parent: Parent = None, *, seed: int) -> dict[str, Any]:
+def free_places(
+    family: str, params: dict[str, Any], parent: Parent = None, *, seed: int, classes: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """In what share of a model's inner places an arbitrary module may stand.
 
     Each kind of submodule that keeps its input's shape is replaced by ``Arbitrary``, one at a time, and the family's
     contract is tried again: it trains, its samples are finite and come from their generator, its inverse inverts, its
     density is one. ``places`` says for each what broke, "" where all held. How well it learns is not asked.
+    ``classes``: those of the data, which a family may ask for by name.
     """
-    return free_places_of(_small(family, params, parent, seed=seed), seed=seed)
+    return free_places_of(_small(family, params, parent, seed=seed, classes=classes), seed=seed)
 
 
 def free_places_of(model: Family, *, seed: int) -> dict[str, Any]:
@@ -157,9 +161,11 @@ def jacobian_of(model: Family, *, seed: int) -> dict[str, Any] | None:
     return {"value": error, "n": len(errors), "text": "computed" if error < EXACT else "not computed"}
 
 
-def networks(family: str, params: dict[str, Any], parent: Parent = None, *, seed: int) -> dict[str, Any]:
+def networks(
+    family: str, params: dict[str, Any], parent: Parent = None, *, seed: int, classes: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Groups of parameters that are trained against each other, each with an optimiser of its own."""
-    groups = _small(family, params, parent, seed=seed).groups()
+    groups = _small(family, params, parent, seed=seed, classes=classes).groups()
     return {"value": len(groups), "n": 1, "text": ", ".join(groups) if len(groups) > 1 else "one objective"}
 
 
@@ -273,6 +279,7 @@ def _small(
     seed: int,
     spec: DataSpec | None = None,
     names: set[str] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Family:
     """The family on the smallest images that it takes: of random bits, or with the channels and levels of ``spec``. A
     family for text alone on short documents of two symbols, or with the alphabet of ``spec``; one for vectors alone, or
@@ -281,16 +288,17 @@ def _small(
     With ``names``, the smallest that has parameters of these names. Raises ValueError where there is none.
     """
     channels, depth = (spec.shape[0], spec.levels) if spec else (1, 2)
+    classes = (spec.classes if spec else classes) or CLASSES
     refused = ""
     kinds = family_class(family).kinds
     if spec.alphabet if spec else kinds == ("text",):
         alphabet = spec.alphabet if spec else "01"
         return _built(family, params, parent, DataSpec((DOCUMENT,), levels=0, alphabet=alphabet), seed)
     if spec.kind == "vector" if spec else "image" not in kinds:
-        return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16, CLASSES), seed)
+        return _built(family, params, parent, DataSpec((2, 1, 1), spec.levels if spec else 16, classes), seed)
     for side in SIDES:
         try:
-            model = _built(family, params, parent, DataSpec((channels, side, side), depth, CLASSES), seed)
+            model = _built(family, params, parent, DataSpec((channels, side, side), depth, classes), seed)
         except ValueError as error:
             refused = str(error)
             continue
@@ -331,7 +339,7 @@ def _examples(spec: DataSpec, seed: int, n: int = BATCH) -> Batch:
     if not spec.levels:
         return Batch(torch.randn((n, *spec.shape), generator=generator))
     stored = torch.randint(0, spec.levels, (n, *spec.shape), generator=generator, dtype=torch.uint8)
-    return Batch(spec.to_float(stored), torch.zeros(n, dtype=torch.int64))
+    return Batch(spec.to_float(stored), torch.randint(0, max(1, len(spec.classes)), (n,), generator=generator))
 
 
 def _places(model: Family, seed: int) -> list[tuple[str, int | None]]:
@@ -395,7 +403,7 @@ def _broken(model: Any, seed: int, *, inverts: bool) -> str:
     if all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters()):
         return "it does not learn"
     model.eval()
-    checks: list[Callable[[Any, int], str]] = [_bad_samples, _bad_density]
+    checks: list[Callable[[Any, int], str]] = [_bad_samples, _bad_translations, _bad_density]
     for check in checks:
         if why := check(model, seed):
             return why
@@ -416,6 +424,22 @@ def _bad_samples(model: Any, seed: int) -> str:
     if not first.isfinite().all():
         return "its samples are not finite"
     return "" if torch.equal(first, again) else "its samples do not follow from their generator"
+
+
+@torch.no_grad()
+def _bad_translations(model: Any, seed: int) -> str:
+    if not isinstance(model, Translates):
+        return ""
+    x = _examples(model.spec, seed, 4).x  # type: ignore[attr-defined]
+    for to in model.domains:
+        first, again = (model.translate(x, to, generator=torch.Generator().manual_seed(seed)) for _ in range(2))
+        if first.shape != x.shape:
+            return f"its translations have shape {tuple(first.shape)}"
+        if not first.isfinite().all():
+            return "its translations are not finite"
+        if not torch.equal(first, again):
+            return "its translations do not follow from their generator"
+    return ""
 
 
 @torch.no_grad()

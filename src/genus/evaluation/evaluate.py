@@ -30,6 +30,7 @@ from genus.contract import (
     Quantises,
     Samples,
     Scores,
+    Translates,
     Weighs,
 )
 from genus.data.loaders import Dataset
@@ -39,6 +40,7 @@ from genus.evaluation.disentanglement import disentanglement
 from genus.evaluation.judge import accuracy, train_judge
 from genus.evaluation.latent import active_units, rate
 from genus.evaluation.quality import FRECHET_FROM, Figures, quality
+from genus.evaluation.translation import translation
 from genus.sampling import draw
 from genus.training import autocast, peak_memory_mb
 
@@ -321,6 +323,7 @@ METRICS = (
     Metric((Samples,), sampling),
     Metric((Samples,), knob_curve),
     Metric((Conditional,), asked_for),
+    Metric((Translates,), translation),
     Metric((Decodes,), code_size),
     Metric((Encodes, Decodes), inverse),
     Metric((Informs,), rate),

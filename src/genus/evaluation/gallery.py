@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genus.contract import Decodes, Denoises, Encodes, Samples, Walks
+from genus.contract import Decodes, Denoises, Encodes, Samples, Translates, Walks
 from genus.data.sources import two_d as known
 from genus.evaluation import metrics, two_d
 from genus.evaluation.evaluate import Task
 from genus.evaluation.latent import spherical
+from genus.evaluation.translation import strips
 from genus.pictures import grid
 
 SHOWN, ROWS, COLUMNS = 64, 6, 10
@@ -77,6 +78,14 @@ def trajectory(task: Task) -> np.ndarray:
     return _sheet(task, _stored(task, frames.transpose(0, 1).flatten(0, 1)), frames.shape[0])
 
 
+def translation(task: Task) -> np.ndarray | None:
+    """Real images, their translations and these translated back: a row each, first one direction, then the other."""
+    if not set(task.model.domains) <= set(np.unique(task.data.labels("test")).tolist()):
+        return None
+    rows = strips(task.model, task.data, "test", columns=COLUMNS, seed=task.seed + 19, device=task.device)
+    return _sheet(task, rows, COLUMNS)
+
+
 def field(task: Task) -> np.ndarray | None:
     """True and learnt scores side by side, where the data's density is known."""
     shape = known.shape_of(task.data.description)
@@ -99,5 +108,6 @@ PICTURES = (
     Picture("interpolation", (Decodes,), interpolation),
     Picture("reconstruction", (Encodes,), reconstruction),
     Picture("trajectory", (Walks,), trajectory),
+    Picture("translation", (Translates,), translation),
     Picture("field", (Denoises,), field),
 )

@@ -35,6 +35,7 @@ from genus.contract import (
     Initialises,
     Samples,
     Scores,
+    Translates,
     build,
     example,
     family_class,
@@ -158,6 +159,7 @@ class Images:
         self.train = shrink(data.split("train")[chosen], size)
         self.labels = np.array(data.labels("train")[chosen])
         self.real = shrink(data.split("validation")[:REAL], size)
+        self.real_labels = np.array(data.labels("validation")[:REAL])
         self.told = {"train_images": train_images, "real_images": len(self.real)}
         self.seen = features(judge, self.real)
         self.within = _within(self.seen)
@@ -192,20 +194,23 @@ class Images:
 
     @torch.inference_mode()
     def bits(self, model: Any, generator: torch.Generator) -> float:
-        nats = model.log_prob(self.batch(self.real[:LIKELIHOODS], generator.device), generator=generator)
+        real, labels = self.real[:LIKELIHOODS], self.real_labels[:LIKELIHOODS]
+        nats = model.log_prob(self.batch(real, labels, generator.device), generator=generator)
         mean = nats.double().mean().item()
         if not math.isfinite(mean):
             raise FloatingPointError("log_prob of a validation image is not finite")
         return -mean / (self.spec.dims * math.log(2))
 
     def few(self, model: Family, n: int, device: torch.device) -> Batch:
-        return self.batch(self.train[:n], device)
+        return self.batch(self.train[:n], self.labels[:n], device)
 
     def odd(self, model: Family, place: int, seed: int, device: torch.device) -> tuple[Batch, Batch]:
-        few = min(PULLED, len(self.real))
-        usual = np.roll(self.real, -few * place, axis=0)[:few]
+        asked = model.domains if isinstance(model, Translates) else self.real_labels
+        seen = np.isin(self.real_labels, asked)  # one that translates looks at no other class than its two
+        few = min(PULLED, int(seen.sum()))
+        usual, labels = (np.roll(part[seen], -few * place, axis=0)[:few] for part in (self.real, self.real_labels))
         odd = np.concatenate([self.noise(1, seed), usual[1:]])
-        return self.batch(usual, device), self.batch(odd, device)
+        return self.batch(usual, labels, device), self.batch(odd, labels, device)
 
     def units(self, batch: Batch) -> int:
         return len(batch.x)
@@ -215,9 +220,9 @@ class Images:
         shape = (n, *self.spec.shape)
         return np.random.default_rng(seed).integers(self.spec.levels, size=shape).astype(self.train.dtype)
 
-    def batch(self, images: np.ndarray, device: torch.device) -> Batch:
+    def batch(self, images: np.ndarray, labels: np.ndarray, device: torch.device) -> Batch:
         x = self.spec.to_float(torch.from_numpy(np.array(images)).to(device))
-        return Batch(x, torch.zeros(len(x), dtype=torch.int64, device=device))
+        return Batch(x, torch.from_numpy(np.array(labels)).to(device))
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

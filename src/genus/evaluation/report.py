@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from genus.evaluation.scorecard import draws
+
 View = dict[str, Any]
 Figure = Mapping[str, Any]
 LIMIT = 6_000_000  # bytes of the page: more is slow to open from a mail or a tracking server
@@ -260,6 +262,7 @@ def _dataset(card: Mapping[str, Any], name: str, place: int, album: Album) -> Vi
             if any(row["property"] == title for row in rows)
         ],
         "headline": _headline(records, TEXT_HEADLINE if text else HEADLINE),
+        "translated": _translated(working),
         "features": _features(working),
         "places": {key: found for key, record in working.items() if (found := _places(record))},
         "verdicts": _verdicts(verdicts, titles, looks),
@@ -298,7 +301,8 @@ def _model(name: str, record: Figure, index: int, album: Album) -> View:
         "seed": record.get("seed"),
         "sha256": record.get("sha256") or "",
         "failure": record.get("failure") or "",
-        "samples": album.get(name, "samples.png"),
+        "samples": album.get(name, "samples.png") or album.get(name, "translation.png"),
+        "draws": draws(record),
         "texts": [part for part in record.get("texts") or [] if not part.get("kind")],
         "classes": _classes((record.get("metrics") or {}).get("missing_classes") or {}),
     }
@@ -313,7 +317,8 @@ def _advice(card: Mapping[str, Any], dataset: str, looks: Mapping[str, View], ro
             continue
         cells = by_key.get(need.get("key"), {}).get("by_model", {})
         tied = need.get("tied") or []
-        close = [m for m, cell in cells.items() if cell["mark"] == "tied" and m not in tied and m != need.get("model")]
+        others = [m for m in cells if looks[m]["draws"] and m not in tied and m != need.get("model")]
+        close = [m for m in others if cells[m]["mark"] == "tied"]
         found.append(
             {
                 **need,
@@ -440,6 +445,43 @@ TEXT_HEADLINE = (
     Column("characters/s", "training", "higher", "timing", "train_tokens_per_s"),
     Column("parameters", "", "", "", "parameters"),
 )
+
+
+TRANSLATED = (
+    Column("taken for the target", "by the judge", "higher", "metrics", "translated_accuracy"),
+    Column("cycle error", "of white, there and back", "lower", "metrics", "cycle_error"),
+    Column("silhouette kept", "intersection over union", "", "metrics", "kept_silhouette"),
+    Column("ms/image", "a translation", "lower", "timing", "translate_ms"),
+)
+
+
+def _translated(records: Mapping[str, Figure]) -> View | None:
+    """The table of models that translate; a row a direction, and one for both together."""
+    rows = []
+    for name, record in records.items():
+        both = {column.name: _found(record, column) for column in TRANSLATED}
+        if not both["translated_accuracy"]:
+            continue
+        each = {key: (figure or {}).get("ways") or {} for key, figure in both.items()}
+        rows.append((name, "both", both))
+        for way in each["translated_accuracy"]:
+            rows.append((name, way, {key: known.get(way) for key, known in each.items()}))
+    if not rows:
+        return None
+    columns = []
+    for column in TRANSLATED:
+        cells = _cells([found[column.name] for _, _, found in rows], "")
+        for cell, (_, _, found) in zip(cells, rows, strict=True):
+            before = (found[column.name] or {}).get("before")
+            cell["text"] = "" if before is None else f"{number(before, 2)} before"
+        columns.append((column, cells, _shared(cells)))
+    return {
+        "columns": [(column, shared) for column, _, shared in columns],
+        "rows": [
+            {"model": name, "way": way, "cells": [cells[place] for _, cells, _ in columns]}
+            for place, (name, way, _) in enumerate(rows)
+        ],
+    }
 
 
 def _headline(records: Mapping[str, Figure], wanted: Sequence[Column]) -> View:
@@ -1091,6 +1133,7 @@ STRIPS = {
     "interpolation": "a row a pair, from one code to the other",
     "reconstruction": "test images and what their codes decode to",
     "trajectory": "a sample on its way, from noise to image",
+    "translation": "test images, translated, and back again: one direction, then the other",
     "field": "true and learnt scores over the density",
     "nearest": "samples and their nearest training images",
 }

@@ -24,9 +24,12 @@ def scorecard(
     verdicts, advice = [], []
     for dataset, kind in kinds.items():
         members = {name: record for name, record in records.items() if record["dataset"] == dataset}
-        own = [row | {"cells": {name: row["cells"][name] for name in members}} for row in rows if kind in row["kinds"]]
-        families = {name: record["family"] for name, record in members.items() if not record.get("failure")}
-        failed = {name: record["family"] for name, record in members.items() if record.get("failure")}
+        # What is said and asked of models is about drawing examples: one that only translates has no part in that.
+        generators = {name: record for name, record in members.items() if draws(record)}
+        known = [row for row in rows if kind in row["kinds"]]
+        own = [row | {"cells": {name: row["cells"][name] for name in generators}} for row in known]
+        families = {name: record["family"] for name, record in generators.items() if not record.get("failure")}
+        failed = {name: record["family"] for name, record in generators.items() if record.get("failure")}
         cells = {row["key"]: row["cells"] for row in own}
         asked = [claim for claim in claims if _speaks_of(claim, cells, {**families, **failed}, kind)]
         for verdict in ledger.judge(asked, families, cells, failed):
@@ -43,6 +46,11 @@ def scorecard(
         "advice": advice,
         "tradeoff": tradeoff(records),
     }
+
+
+def draws(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a model that draws examples, as far as it says; a failure does not."""
+    return "samples" in record.get("can", ["samples"])
 
 
 def _speaks_of(claim: ledger.Claim, measures: Collection[str], families: Mapping[str, str], kind: str) -> bool:

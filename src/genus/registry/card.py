@@ -25,9 +25,9 @@ KINDS = {
 def card(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The card of the model that ``about`` (model.json) describes.
 
-    ``facts``, all optional: ``knobs`` of its sample(), ``kind`` of its likelihood, ``metrics`` and ``timing`` (the
-    files in reports/metrics and reports/timing), ``properties`` (the scorecard's rows), ``data`` (dataset.json),
-    ``record`` (of its training).
+    ``facts``, all optional: ``knobs`` of its sample(), whether it ``samples`` or only translates, ``kind`` of its
+    likelihood, ``metrics`` and ``timing`` (the files in reports/metrics and reports/timing), ``properties`` (the
+    scorecard's rows), ``data`` (dataset.json), ``record`` (of its training).
     """
     return "\n".join(line for part in _sections(about, facts) for line in part) + "\n"
 
@@ -50,8 +50,9 @@ def _sections(about: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[li
     rows = list(_properties(about["name"], facts.get("properties") or []))
     if rows:
         yield ["## The five properties", "", *_table(rows, ("property", "measured", "value", "interval", "n")), ""]
-    yield ["## How to use it", "", *_use(about, facts.get("knobs") or {}), ""]
-    yield ["## Limits", "", *_limits(about, metrics, facts.get("kind")), ""]
+    samples = facts.get("samples", True)
+    yield ["## How to use it", "", *(_use if samples else _translate)(about, facts.get("knobs") or {}), ""]
+    yield ["## Limits", "", *_limits(about, metrics, facts.get("kind"), samples), ""]
     yield ["## Licence", "", *_licence(data)]
 
 
@@ -142,7 +143,27 @@ def _use(about: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _limits(about: Mapping[str, Any], metrics: Mapping[str, Any], density: str | None) -> list[str]:
+def _translate(about: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
+    name, shape = about["name"], ", ".join(map(str, about["spec"]["shape"]))
+    return [
+        "It draws nothing of its own: it makes images of one class into images of another. Input and output are",
+        f"[N, {shape}] as stored. Parameter: `to`, the class that they become (default {knobs.get('to')!r});",
+        "others are refused.",
+        "",
+        "```python",
+        "import mlflow  # MLFLOW_TRACKING_URI says where the registry is",
+        f'model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or the path of this folder',
+        f'translations = model.predict(images, params={{"to": {json.dumps(knobs.get("to"))}}})',
+        "",
+        "import genus  # where Genus is installed: verifies every file before it is used",
+        f'translations = genus.load("{name}@champion").translate(images)',
+        "```",
+    ]
+
+
+def _limits(
+    about: Mapping[str, Any], metrics: Mapping[str, Any], density: str | None, samples: bool = True
+) -> list[str]:
     stored = "as text" if _is_text(about) else f"as stored, {' × '.join(map(str, about['spec']['shape']))}"
     lines = [
         f"- It knows `{about['dataset']}` {stored}, and nothing else, "
@@ -155,7 +176,9 @@ def _limits(about: Mapping[str, Any], metrics: Mapping[str, Any], density: str |
     if meaning:
         lines.append(f"- Its likelihood is of the kind `{kind}`: {meaning}. A likely {one} need not {be} good.")
     else:
-        lines.append("- It has no likelihood: it can sample, not score.")
+        lines.append(f"- It has no likelihood: it can {'sample' if samples else 'translate'}, not score.")
+    if not samples:
+        return [*lines, "- An image that is of neither class is translated all the same."]
     copied = metrics.get("memorisation") or {}
     measured = ""
     nearer = "with a longer span of the training text" if _is_text(about) else "nearer to a training image"

@@ -4,7 +4,8 @@
    samples are finite and of the right shape and type, and a seed gives the same bytes in another process as well.
 2. It is better: its primary metric beats the champion's by more than chance, which is the 95% bootstrap interval of
    the difference. Bits/dim, of text bits/char, where both have a likelihood of one kind (paired over the same
-   examples), else the Fréchet distance (both sample sets resampled). Both versions are measured anew, side by side,
+   examples), else the Fréchet distance (both sample sets resampled), and of models that only translate the share of
+   translations that arrive (paired). Both versions are measured anew, side by side,
    each in a process of its own with its package's own code, on the same data: the *validation* split, for the test
    split is for reports.
 3. It pays for that with nothing: no guard (coverage, of text distinct-2; copied training examples; sampling time) falls
@@ -49,6 +50,7 @@ METRICS = 1  # one more whenever a trial would find other figures of the same ve
 COVERAGE = 0.05  # a twentieth of the real images is about half a class of ten
 DISTINCT = 0.05  # of text: of 500 pairs of words 25 more said again
 COPIED = 0.02  # one sample in fifty: above that, copying is what the model does
+CYCLE = 0.01  # of white, in what is translated there and back
 SLOWER = 1.5  # times; timings of one model on a busy machine differ by a third
 UNNOTICED_MS = 0.1  # more a sample: below that nobody waits, and timings are mostly overhead
 DRAWS = 2000  # of the bootstrap
@@ -86,6 +88,9 @@ class Trial:
     kind: str = "none"  # of the likelihood
     bits: tuple[float, ...] = ()  # bits/dim of the first validation examples; of documents bits/char,
     tokens: tuple[int, ...] = ()  # and their numbers of characters
+    domains: tuple[str, ...] = ()  # between which it translates,
+    translated: tuple[float, ...] = ()  # whether validation images have arrived, 1 or 0,
+    cycle: tuple[float, ...] = ()  # and the error of each that was translated back
     quality: Mapping[int, Quality] = field(default_factory=dict)  # by number of samples
     sample_ms: float | None = None
 
@@ -95,7 +100,7 @@ class Trial:
         quality = {
             int(n): Quality(**(q | {"resampled": tuple(q.get("resampled", ()))})) for n, q in found["quality"].items()
         }
-        lists = {name: tuple(found.get(name, ())) for name in ("bits", "tokens")}
+        lists = {name: tuple(found.get(name, ())) for name in ("bits", "tokens", "domains", "translated", "cycle")}
         return cls(**(found | lists | {"quality": quality}))
 
 
@@ -176,7 +181,7 @@ def decide(challenger: Trial, champion: Trial | None, holder: str | None, vacant
         return Decision(False, "unfit", f"it can't be measured: {challenger.unfit}")
     if champion.unfit:
         return Decision(True, "data", f"version {holder} can't be measured on the data as they are: {champion.unfit}")
-    primary = _bits(challenger, champion) or _frechet(challenger, champion)
+    primary = _bits(challenger, champion) or _frechet(challenger, champion) or _arrived(challenger, champion)
     if primary is None:
         return Decision(False, "not better", f"it shares no figure with version {holder} to beat it with")
     guards = _guards(challenger, champion)
@@ -247,6 +252,22 @@ def _frechet(challenger: Trial, champion: Trial) -> Row | None:
     return Row("frechet_distance", theirs.frechet, ours.frechet, (low, high), high < 0, "below 0", n)
 
 
+def _arrived(challenger: Trial, champion: Trial) -> Row | None:
+    """The share of translations that the judge takes for the target, paired over the images; None between others."""
+    ours, theirs = (np.array(trial.translated) for trial in (challenger, champion))
+    if challenger.domains != champion.domains or len(ours) != len(theirs) or len(ours) < 2:
+        return None
+    ends = _paired(ours - theirs)
+    before, now = float(theirs.mean()), float(ours.mean())
+    return Row("translated_accuracy", before, now, ends, ends[0] > 0, "above 0", len(ours))
+
+
+def _paired(change: np.ndarray) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean."""
+    means = change[np.random.default_rng(0).integers(len(change), size=(DRAWS, len(change)))].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
 def _guards(challenger: Trial, champion: Trial) -> list[Row]:
     """What must not fall by more than its tolerance."""
     rows = []
@@ -268,6 +289,12 @@ def _guards(challenger: Trial, champion: Trial) -> list[Row]:
         good = change - half <= COPIED
         asked = f"not surely above {COPIED}"
         rows.append(Row("copied", copied[1], copied[0], (change - half, change + half), good, asked, n))
+    if challenger.domains == champion.domains and len(challenger.cycle) == len(champion.cycle) > 1:
+        ours_lost, theirs_lost = np.array(challenger.cycle), np.array(champion.cycle)
+        ends = _paired(ours_lost - theirs_lost)
+        before, now = float(theirs_lost.mean()), float(ours_lost.mean())
+        asked = f"not surely above {CYCLE}"
+        rows.append(Row("cycle_error", before, now, ends, ends[0] <= CYCLE, asked, len(ours_lost)))
     if challenger.sample_ms is not None and champion.sample_ms is not None:
         most = champion.sample_ms * SLOWER + UNNOTICED_MS
         good = challenger.sample_ms <= most

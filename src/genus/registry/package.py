@@ -74,11 +74,12 @@ def save(folder: Path, destination: Path, knobs: dict[str, Any], facts: dict[str
     shutil.copy2(here.with_name("served.py"), destination)
     taken = settable(family, knobs)
     write_json(artifacts / "knobs.json", taken)
-    told = {"knobs": taken, "kind": getattr(family, "density", None), **(facts or {})}
+    samples = hasattr(family, "sample")
+    told = {"knobs": taken, "kind": getattr(family, "density", None), "samples": samples, **(facts or {})}
     (destination / "README.md").write_text(card(about, told), encoding="utf-8")
 
     model = Model(about["name"])
-    model.signature = _signature(about, taken)
+    model.signature = _signature(about, taken, samples)
     parts = {"weights": "weights.safetensors", "model": "model.json", "knobs": "knobs.json", "code": "code"}
     mlflow.pyfunc.add_to_model(
         model,
@@ -187,8 +188,11 @@ def _fitting(folder: Path, about: dict[str, Any]) -> Family:
     return family
 
 
-def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
-    """Input: a seed a row, a label or a prompt where the model takes one. Params: the knobs, with their defaults."""
+def _signature(about: dict[str, Any], knobs: dict[str, Any], samples: bool) -> ModelSignature:
+    """Input: a seed a row, a label or a prompt where the model takes one. Params: the knobs, with their defaults.
+
+    Of a model that translates and does not sample the input is what its output is, images.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
@@ -203,7 +207,7 @@ def _signature(about: dict[str, Any], knobs: dict[str, Any]) -> ModelSignature:
         dtype = np.dtype(np.uint8 if about["spec"]["levels"] else np.float32)
         outputs = Schema([TensorSpec(dtype, (-1, *about["spec"]["shape"]))])
     return ModelSignature(
-        inputs=Schema(columns),
+        inputs=Schema(columns) if samples else outputs,
         outputs=outputs,
         params=ParamSchema(params) if params else None,  # type: ignore[arg-type]
     )

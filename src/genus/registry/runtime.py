@@ -88,6 +88,11 @@ class Runtime:
         return int(getattr(self.model, "labels", 0))
 
     @property
+    def domains(self) -> tuple[str, ...]:
+        """The two classes between which it translates; none where it does not."""
+        return tuple(self.spec.classes[label] for label in getattr(self.model, "domains", ()))
+
+    @property
     def text(self) -> bool:
         """Whether it draws and scores documents, not arrays of numbers."""
         return bool(getattr(self.spec, "alphabet", ""))
@@ -101,6 +106,8 @@ class Runtime:
         """
         import torch
 
+        if not hasattr(self.model, "sample"):
+            raise ValueError(f"{self.name} cannot sample{': it can translate' if self.domains else ''}")
         seeds = [_whole(seed, "a seed") for seed in seeds]
         wanted = self._labels(labels, len(seeds))
         prompts = self._prompts(knobs.pop("prompt", None), len(seeds)) if self.text else None
@@ -116,10 +123,34 @@ class Runtime:
                 rows[row] = self.spec.text(x[0].tolist()) if self.text else self.spec.to_stored(x.float())[0].numpy()
         return rows
 
+    def translate(self, images: np.ndarray, **knobs: Any) -> np.ndarray:
+        """Stored images [N, *shape] of the one class as stored images of the other, which ``to`` names.
+
+        An image makes its translation, whatever else is translated with it. Raises ValueError, in one line, for what
+        can't be translated, and FloatingPointError for a translation that is not finite.
+        """
+        import torch
+
+        if not self.domains:
+            raise ValueError(f"{self.name} cannot translate")
+        to = self.check(knobs)["to"]
+        if to not in self.domains:
+            raise ValueError(f"{self.name} translates to '{self.domains[0]}' or '{self.domains[1]}', not to '{to}'")
+        images = np.asarray(images)
+        self._check_images(images, "translates")
+        rows: np.ndarray = np.zeros(images.shape, self._dtype)
+        with _one_thread():
+            for row, image in enumerate(images):  # one by one: sums, and so bytes, depend on the batch
+                x = self.spec.to_float(torch.from_numpy(np.array(image[None], self._dtype)))
+                label, generator = self.spec.classes.index(to), torch.Generator().manual_seed(0)
+                y = self.model.translate(x, label, generator=generator)
+                if not y.isfinite().all():
+                    raise FloatingPointError(f"{self.name}: the translation of image {row} is not finite")
+                rows[row] = self.spec.to_stored(y.float())[0].numpy()
+        return rows
+
     def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs, the ones not given at their defaults. Raises ValueError, in one line, for one that is wrong."""
-        if not hasattr(self.model, "sample"):
-            raise ValueError(f"{self.name} cannot sample")
         checked = dict(self.knobs)
         for name, value in knobs.items():
             if name not in self.knobs:
@@ -142,7 +173,8 @@ class Runtime:
         import torch
 
         if self.kind == "none":
-            raise ValueError(f"{self.name} has no likelihood: it can sample, not score")
+            does = "sample" if hasattr(self.model, "sample") else "translate"
+            raise ValueError(f"{self.name} has no likelihood: it can {does}, not score")
         if self.text:
             return self._of_documents(images, seed, report)  # type: ignore[arg-type]
         images = np.asarray(images)
@@ -235,17 +267,17 @@ class Runtime:
             raise ValueError(f"{len(prompts)} prompts for {rows} seeds: one each")
         return [self.check({"prompt": prompt})["prompt"] for prompt in prompts]
 
-    def _check_images(self, images: np.ndarray) -> None:
+    def _check_images(self, images: np.ndarray, does: str = "scores") -> None:
         shape, levels = self.spec.shape, self.spec.levels
         expected = f"{np.dtype(self._dtype)} [N, {', '.join(map(str, shape))}]"
         if images.shape[1:] != shape or images.ndim != len(shape) + 1:
-            raise ValueError(f"{self.name} scores {expected}, not {images.dtype} {list(images.shape)}")
+            raise ValueError(f"{self.name} {does} {expected}, not {images.dtype} {list(images.shape)}")
         if images.dtype.kind != ("u" if levels else "f") or (levels and images.dtype.itemsize > 1):
-            raise ValueError(f"{self.name} scores {expected}, not {images.dtype}")
+            raise ValueError(f"{self.name} {does} {expected}, not {images.dtype}")
         if levels and images.size and images.max() >= levels:
             raise ValueError(f"{self.name} knows levels 0 to {levels - 1}: there is a {images.max()}")
         if not levels and not np.isfinite(images).all():
-            raise ValueError(f"{self.name} scores finite numbers: there are others")
+            raise ValueError(f"{self.name} {does} finite numbers: there are others")
 
 
 def _built(families: str, spec: Any, about: Mapping[str, Any]) -> Any:
@@ -257,8 +289,13 @@ def _built(families: str, spec: Any, about: Mapping[str, Any]) -> Any:
 
 
 def settable(model: Any, evaluated: Mapping[str, Any]) -> dict[str, Any]:
-    """What a family's sample() takes by keyword, {name: default}; ``evaluated`` overrides the defaults."""
+    """What a family's sample() takes by keyword, {name: default}; ``evaluated`` overrides the defaults.
+
+    Of one that only translates: the name of the class ``to`` which it does.
+    """
     sample = getattr(model, "sample", None)
+    if sample is None and hasattr(model, "domains"):
+        return {"to": model.spec.classes[model.domains[1]]}
     found = {} if sample is None else {name: p.default for name, p in inspect.signature(sample).parameters.items()}
     knobs = {}
     for name, default in sorted(found.items()):

@@ -37,9 +37,14 @@ class Sampler(PythonModel):
         """``model_input``: columns ``seed``; ``label``, which models without labels refuse; ``prompt``, which a model
         of text begins with. ``params``: what the family's sample() takes. Stored values [rows, *shape], uint8 for
         images; of text a string a row.
+
+        Where the model translates, ``model_input`` are stored images [rows, *shape], and ``to`` of ``params`` names
+        the class.
         """
         knobs = dict(params or {})
         try:
+            if self.runtime.domains:
+                return self.runtime.translate(model_input, **knobs)
             if "prompt" in model_input:  # where a row has none, the one for all
                 usual = knobs.get("prompt", self.runtime.knobs.get("prompt", ""))
                 knobs["prompt"] = [usual if pd.isna(prompt) else prompt for prompt in model_input["prompt"]]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-PRIMARY = ("bits_per_dim", "bits_per_char", "frechet_distance")  # what a version is known by: the first that it has
+# What a version is known by: the first that it has.
+PRIMARY = ("bits_per_dim", "bits_per_char", "frechet_distance", "translated_accuracy")
 Needs = Mapping[str, Mapping[str, str]]  # {data set: {alias: model}}: who answers which need
 
 

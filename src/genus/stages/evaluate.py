@@ -16,7 +16,7 @@ def run(name: str) -> None:
     params = config.load()
     chosen = params.model(name)
 
-    from genus.contract import load_model
+    from genus.contract import CAPABILITIES, load_model
     from genus.data.loaders import open_dataset
     from genus.evaluation.evaluate import METRICS, Metric, Task, evaluate
     from genus.evaluation.reference import open_reference
@@ -52,6 +52,7 @@ def run(name: str) -> None:
     described = ("name", "family", "paper", "dataset", "parameters", "steps", "seed", "budget")
     record = {key: about[key] for key in described}
     record |= {"metrics": figures, "timing": timing, "history": _history(folder / "history.csv")} | shown
+    record |= {"can": [label for label, needs in CAPABILITIES.items() if isinstance(model, needs)]}
     record |= {"sha256": sha256(folder / "weights.safetensors")}
     write_json(record_of(name, chosen), record)
 

@@ -45,15 +45,16 @@ def run(name: str) -> None:
 
     begun = time.monotonic()
     what: dict[str, Any] = (params.described(name) or {}) | {"seed": params.seed}
+    asked = what | {"classes": data.spec.classes}
     knobs = chosen.evaluate.knobs | chosen.probe.knobs
     found: dict[str, Any] = {
         "setting": setting(chosen.probe, prober),
         **summarise(prober),
         "curve": prober.curve,
         "constraints": {
-            "free_places": constraints.free_places(**what),
+            "free_places": constraints.free_places(**asked),
             "jacobian": constraints.jacobian(**what),
-            "networks": constraints.networks(**what),
+            "networks": constraints.networks(**asked),
             "trained_share": constraints.trained_share(**what, spec=data.spec, knobs=knobs),
         },
         "jobs": [asdict(outcome) for outcome in prober.outcomes.values()],

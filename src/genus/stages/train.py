@@ -18,6 +18,7 @@ from genus.files import read_json, read_tensors, replacing, sha256, write_json
 from genus.stages.records import failure_recorded
 
 CHECKPOINTS = Path(".genus/checkpoints")  # outside DVC's outs, which it deletes before a stage runs again
+TRANSLATED = 10  # real images that a model which translates is shown with, of each domain
 GRIDS = 5  # grids of samples during a training, for the slider in MLflow
 
 
@@ -39,7 +40,7 @@ def run(name: str) -> None:
     from safetensors.torch import save_file
 
     from genus import progress, tracking
-    from genus.contract import Family, Samples, build, family_class, load_model, parameter_count
+    from genus.contract import Family, Samples, Translates, build, family_class, load_model, parameter_count
     from genus.data.loaders import open_dataset
     from genus.pictures import grid, page
     from genus.sampling import draw
@@ -108,7 +109,14 @@ def run(name: str) -> None:
         description=data.description,
     ) as run:
 
-        def picture(drawn: np.ndarray) -> np.ndarray:
+        def picture(model: Family, n: int, quiet: bool = False) -> np.ndarray:
+            """``n`` samples; of a model that draws none but translates, real training images beside theirs."""
+            if isinstance(model, Translates) and not isinstance(model, Samples):
+                from genus.evaluation.translation import strips
+
+                rows = strips(model, data, "train", columns=TRANSLATED, seed=params.seed, device=device)
+                return grid(rows, levels=data.spec.levels, columns=TRANSLATED)
+            drawn = draw(model, n, seed=params.seed, device=device, quiet=quiet, knobs=knobs)
             if data.spec.kind == "text":
                 return page([data.spec.text(tokens) for tokens in drawn.tolist()])
             return grid(drawn, levels=data.spec.levels)
@@ -118,10 +126,11 @@ def run(name: str) -> None:
             progress.report(int(row["step"]), steps, unit="step", loss=_headline(row), **speed)
 
         def on_samples(model: Family, step: int) -> None:
-            run.image(picture(draw(model, 16, seed=params.seed, device=device, quiet=True, knobs=knobs)), step)
+            run.image(picture(model, 16, quiet=True), step)
 
         with failure_recorded(name, chosen, "train", NonFiniteLoss, FloatingPointError):
-            result = fit(on_log=on_log, on_samples=on_samples if isinstance(model, Samples) else None)
+            seen = isinstance(model, Samples | Translates)
+            result = fit(on_log=on_log, on_samples=on_samples if seen else None)
         group.leave()
         if result.timing["train_steps"] < steps:  # it was resumed
             run.complete(result.history)
@@ -132,9 +141,8 @@ def run(name: str) -> None:
         write_json(folder / "model.json", about)
         _write_history(folder / "history.csv", result.history)
         result.model.to(device)
-        if isinstance(result.model, Samples):
-            count = 16 if data.spec.kind == "text" else 64
-            shown = picture(draw(result.model, count, seed=params.seed, device=device, knobs=knobs))
+        if seen:
+            shown = picture(result.model, 16 if data.spec.kind == "text" else 64)
             run.image(shown, steps)
             _write_picture(folder / "samples.png", shown)
         write_json(Path("reports/timing/train") / f"{name}.json", result.timing)

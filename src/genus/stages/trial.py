@@ -35,6 +35,7 @@ BATCH = 100  # samples drawn, and examples scored, at once: bytes depend on it
 TIMED, REPEATS, PATIENCE = 32, 5, 3.0  # samples in a timed batch, how often, and seconds after which no more
 RESAMPLED = 100  # Fréchet distances
 COPIES = 1000  # most samples whose nearest training image is looked for, and
+TRANSLATED = 500  # images of each class that are translated
 SPANS = 300  # most documents whose longest span in common with the training text is
 SEED = 0
 
@@ -129,6 +130,8 @@ def measured(runtime: Any, dataset: str) -> dict[str, Any]:
         found["bits"] = _bits(runtime, data.split("validation"))
     if hasattr(runtime.model, "sample"):
         found |= _quality(runtime, data)
+    elif _translates(runtime):
+        found |= _translated(runtime, data)
     return found
 
 
@@ -214,6 +217,32 @@ def _quality(runtime: Any, data: Any) -> dict[str, Any]:
     return {"sample_ms": 1e3 * one, "quality": quality}
 
 
+def _translated(runtime: Any, data: Any) -> dict[str, Any]:
+    """Of validation images of both classes: whether the judge takes the translation for the target, what is lost on
+    the way there and back, and the speed.
+    """
+    import torch
+
+    from genus.evaluation.judge import classes
+    from genus.evaluation.reference import open_reference
+    from genus.evaluation.translation import cycle_errors, ways
+
+    reference = open_reference(data, Path("data/judge") / data.folder.name)
+    started = time.process_time()
+    found = ways(runtime.model, data, "validation", most=TRANSLATED, seed=SEED, device=torch.device("cpu"))
+    n = sum(len(way.real) for way in found)
+    if not n:
+        raise ValueError(f"the data have no images of {' and '.join(runtime.domains)}")
+    seconds = (time.process_time() - started) / (2 * n)
+    taken = [classes(reference.judge, reference.views["judge"].extract(way.there)) == way.target for way in found]
+    return {
+        "domains": list(runtime.domains),
+        "translated": np.concatenate(taken).astype(float).tolist(),
+        "cycle": np.concatenate([cycle_errors(way, data.spec.levels) for way in found]).tolist(),
+        "sample_ms": 1e3 * seconds,
+    }
+
+
 def _sampled(runtime: Any) -> tuple[np.ndarray, float]:
     """As many samples as the model's speed allows, stored, and the seconds of CPU time that one takes."""
     import torch
@@ -248,6 +277,11 @@ def _writes(runtime: Any) -> bool:
     return getattr(runtime, "text", False)
 
 
+def _translates(runtime: Any) -> bool:
+    """Whether all that a package does is translate; those of an older Genus do not say."""
+    return bool(getattr(runtime, "domains", ())) and not hasattr(runtime.model, "sample")
+
+
 def _loaded(package: Path) -> Any:
     import mlflow.pyfunc
 
@@ -257,8 +291,16 @@ def _loaded(package: Path) -> Any:
 def _drawn(model: Any, seeds: tuple[int, ...]) -> np.ndarray:
     import pandas as pd
 
+    runtime = model.unwrap_python_model().runtime
+    if _translates(runtime):  # images of noise, to each class in turn
+        spec, drawn = runtime.spec, []
+        for seed in seeds:
+            noise = np.random.default_rng(seed).random((1, *spec.shape))
+            stored = (noise * spec.levels).astype(np.uint8) if spec.levels else noise.astype(np.float32)
+            drawn.append(np.asarray(model.predict(stored, params={"to": runtime.domains[seed % 2]})))
+        return np.concatenate(drawn)
     columns = {"seed": np.array(seeds, np.int64)}
-    labels = model.unwrap_python_model().runtime.labels
+    labels = runtime.labels
     if labels:
         columns["label"] = columns["seed"] % labels
     return np.asarray(model.predict(pd.DataFrame(columns)))
