@@ -274,13 +274,21 @@ def test_the_share_of_a_model_of_vectors() -> None:
     assert found is not None and found["value"] == pytest.approx(kept / sum(p.numel() for p in model.parameters()))
 
 
-@pytest.mark.parametrize(("family", "idle"), [("vae/vae", "encoder"), ("gan/r1", ("critic", "label_vectors"))])
-def test_the_share_of_a_model_that_is_told_labels(family: str, idle: str | tuple[str, ...]) -> None:
-    what = {"params": {"conditional": True}, "parent": None}
+@pytest.mark.parametrize(
+    ("family", "parent", "idle"),
+    [
+        ("vae/ex_post", {"family": "vae/vae", "params": {}}, "parent"),
+        ("gan/r1", None, ("critic", "label_vectors")),
+    ],
+)
+def test_the_share_of_a_model_that_is_told_labels(
+    family: str, parent: dict[str, Any] | None, idle: str | tuple[str, ...]
+) -> None:
+    what = {"params": {"conditional": True}, "parent": parent}
     found = constraints.trained_share(family, **what, spec=SPECS["image"], seed=0)
-    model = build(family, SPECS["image"], what["params"])
-    kept = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(idle))
-    assert found is not None and found["value"] == pytest.approx(kept / sum(p.numel() for p in model.parameters()))
+    trained = dict(constraints.trained(build(family, SPECS["image"], what["params"], parent)))
+    kept = sum(p.numel() for name, p in trained.items() if not name.startswith(idle))
+    assert found is not None and found["value"] == pytest.approx(kept / sum(p.numel() for p in trained.values()))
 
 
 # Which kinds of places refuse an arbitrary module: a flow's layers, and anything that would let a pixel see later ones.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from genus.config import Train
-from genus.contract import Batch, Decodes, Encodes, Family, Infers, Informs, Scores, Weighs, build
+from genus.contract import Batch, Conditional, Decodes, Encodes, Family, Infers, Informs, Scores, Weighs, build
 from genus.data.spec import DataSpec
 from genus.errors import UserError
 from genus.families.vae.ex_post import ExPost
@@ -34,9 +34,9 @@ def vae(latent: int = 2, **params) -> VAE:
     return VAE(SPEC, latent=latent, channels=4, hidden=16, **params).double().eval().requires_grad_(False)
 
 
-def prior(latent: int = 2, spread: float = 0.3, components: int = 3, parent: Family | None = None) -> ExPost:
+def prior(latent: int = 2, spread: float = 0.3, components: int = 3, conditional: bool = False) -> ExPost:
     """A tiny model in float64, away from where it starts: there only the biases speak."""
-    model = ExPost(SPEC, parent=parent or vae(latent), hidden=12, components=components).double().eval()
+    model = ExPost(SPEC, parent=vae(latent), hidden=12, components=components, conditional=conditional).double().eval()
     with torch.no_grad():
         for parameter in model.made.parameters():
             parameter.add_(spread * torch.randn(parameter.shape, generator=generator(5), dtype=torch.float64))
@@ -44,12 +44,20 @@ def prior(latent: int = 2, spread: float = 0.3, components: int = 3, parent: Fam
     return model
 
 
+def asked(label: int | None, n: int) -> Tensor | None:
+    return None if label is None else torch.full((n,), label)
+
+
+TOLD = pytest.mark.parametrize(("conditional", "label"), [(False, None), (True, None), (True, 1)])
+
+
+@TOLD
 @torch.no_grad()
-def test_the_prior_is_a_density() -> None:
+def test_the_prior_is_a_density(conditional: bool, label: int | None) -> None:
     """Its integral over the plane, by the trapezium rule, which for smooth densities is exact to many digits."""
-    model = prior()
+    model = prior(conditional=conditional)
     axis = torch.linspace(-12, 12, 481, dtype=torch.float64)
-    nats = model.log_prior(torch.cartesian_prod(axis, axis))
+    nats = model.log_prior(torch.cartesian_prod(axis, axis), asked(label, 481**2))
     assert nats.exp().sum().item() * 0.05**2 == pytest.approx(1, abs=1e-6)
     flat = ExPost(SPEC, parent=vae(), hidden=12, components=3).double().log_prior(torch.cartesian_prod(axis, axis))
     assert (nats - flat).abs().max() > 0.5, "it is none that the biases alone give"
@@ -66,15 +74,16 @@ def test_a_number_depends_on_exactly_those_before_it() -> None:
         assert (differs[: index + 1] == 0).all() and (differs[index + 1 :] > 1e-6).all()
 
 
+@TOLD
 @torch.no_grad()
-def test_codes_are_drawn_from_the_prior() -> None:
+def test_codes_are_drawn_from_the_prior(conditional: bool, label: int | None) -> None:
     """Shares of 20,000 draws in 6 x 6 cells against the density's, by quadrature: within five standard errors."""
-    model, n, fine = prior(spread=0.6), 20_000, 40
-    z = model.sample_codes(n, generator=generator())
+    model, n, fine = prior(spread=0.6, conditional=conditional), 20_000, 40
+    z = model.sample_codes(n, generator=generator(), cond=asked(label, n))
     edges = torch.linspace(-3, 3, 7, dtype=torch.float64)
     middle = torch.linspace(-3, 3, 6 * fine + 1, dtype=torch.float64)[:-1] + 0.5 / fine
-    nats = model.log_prior(torch.cartesian_prod(middle, middle)).view(6, fine, 6, fine)
-    share = nats.exp().sum((1, 3)) / fine**2
+    nats = model.log_prior(torch.cartesian_prod(middle, middle), asked(label, (6 * fine) ** 2))
+    share = nats.view(6, fine, 6, fine).exp().sum((1, 3)) / fine**2
     cells = torch.bucketize(z.contiguous(), edges) - 1
     inside = ((cells >= 0) & (cells < 6)).all(1)
     found = torch.bincount(cells[inside] @ torch.tensor([6, 1]), minlength=36).view(6, 6) / n
@@ -114,8 +123,9 @@ def test_with_the_parent_s_own_prior_the_bound_is_the_parent_s(posterior: str) -
         assert torch.allclose(log_q, Normal(mean, log_std.exp()).log_prob(z).sum(1), rtol=0, atol=1e-12)
 
 
-def test_the_loss_is_the_rate_and_only_the_prior_learns() -> None:
-    model, batch = prior(3), Batch(images(6))
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_loss_is_the_rate_and_only_the_prior_learns(conditional: bool) -> None:
+    model, batch = prior(3, conditional=conditional), Batch(images(6), torch.arange(6) % 2)
     terms = model.loss(batch, generator=generator(2))
     assert terms["loss"].item() == pytest.approx(model.rate(batch, generator=generator(2)).mean().item(), abs=1e-12)
     z, log_q = model.parent.infer(batch.x, generator=generator(2))
@@ -125,6 +135,71 @@ def test_the_loss_is_the_rate_and_only_the_prior_learns() -> None:
     for name, parameter in model.named_parameters():
         learns = parameter.grad is not None and parameter.grad.abs().sum().item() > 0
         assert learns == name.startswith("made."), name
+
+
+@torch.no_grad()
+def test_told_labels_it_is_one_prior_a_label() -> None:
+    """By hand, of one component and no units that speak: a normal a label, and with none the mean of both.
+
+    ``truncation`` scales the normals' deviations.
+    """
+    model = ExPost(SPEC, parent=vae(), hidden=12, components=1, conditional=True).double()
+    means = torch.tensor([[-1.0, 2.0], [3.0, 0.5]], dtype=torch.float64)
+    stds = torch.tensor([[0.5, 2.0], [1.0, 0.25]], dtype=torch.float64)
+    model.made.last_bias.zero_()
+    model.made.label_last[..., 1], model.made.label_last[..., 2] = means, stds.log()
+    z, label = torch.randn(6, 2, generator=generator(), dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
+    each = torch.stack([Normal(means[k], stds[k]).log_prob(z).sum(1) for k in range(2)])
+    torch.testing.assert_close(model.log_prior(z, label), each.gather(0, label[None])[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.log_prior(z), each.exp().mean(0).log(), rtol=0, atol=1e-12)
+    normal = torch.randn(6, 2, generator=generator(4), dtype=torch.float64)
+    for scale in (1.0, 0.5, 0.0):
+        drawn = model.sample_codes(6, generator=generator(4), cond=label, truncation=scale)
+        torch.testing.assert_close(drawn, means[label] + scale * stds[label] * normal, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_best_of_candidates_is_the_one_whose_label_is_most_probable() -> None:
+    model, label = prior(conditional=True, spread=0.6), torch.arange(40) % 2
+
+    def sure(z: Tensor) -> Tensor:
+        return torch.stack([model.log_prior(z, asked(k, len(z))) for k in range(2)]).softmax(0)
+
+    every = model.sample_codes(200, generator=generator(), cond=label.repeat(5)).unflatten(0, (5, 40))
+    chosen = model.sample_codes(40, generator=generator(), cond=label, candidates=5)
+    each = torch.stack([sure(z).gather(0, label[None])[0] for z in every])
+    assert torch.allclose(sure(chosen).gather(0, label[None])[0], each.amax(0), rtol=0, atol=1e-12)
+    assert (chosen == every).all(2).any(0).all(), "each is one of those drawn for it"
+    assert len(each.argmax(0).unique()) == 5
+    shown = model.sample(40, generator=generator(), cond=label, candidates=5)
+    assert torch.equal(shown, model.decode(chosen))
+    with pytest.raises(ValueError, match="candidates: the prior is told no labels to choose by; leave them out"):
+        prior().sample(2, generator=generator(), candidates=5)
+
+
+@torch.no_grad()
+def test_without_its_label_an_example_has_the_mean_over_labels() -> None:
+    model, x = prior(conditional=True), images(5)
+
+    def weights(label: int | None) -> Tensor:
+        return model.log_weights(Batch(x, asked(label, 5)), 3, generator=generator(3))
+
+    each = torch.stack([weights(0), weights(1)])
+    assert torch.allclose(weights(None), each.exp().mean(0).log(), rtol=0, atol=1e-9)
+    assert (each[0] - each[1]).abs().min() > 1e-3
+    bound = model.log_prob(Batch(x, asked(1, 5)), generator=generator(3))
+    assert torch.equal(bound, each[1, 0])
+
+
+def test_all_else_starts_the_same_with_and_without_labels() -> None:
+    torch.manual_seed(1)
+    plain = ExPost(SPEC, parent=vae(), hidden=12)
+    torch.manual_seed(1)
+    told = ExPost(SPEC, parent=vae(), hidden=12, conditional=True)
+    starts = told.state_dict()
+    assert all(torch.equal(starts[name], value) for name, value in plain.state_dict().items())
+    assert set(starts) - set(plain.state_dict()) == {"made.label_first", "made.label_last"}
+    assert isinstance(told, Conditional) and not isinstance(plain, Conditional)
 
 
 class Rings(Family):
@@ -166,6 +241,25 @@ def test_it_learns_where_codes_are() -> None:
     assert torch.equal(shown[:, 0, 0, 0], codes[:, 0] + 1), "what is shown is what was drawn"
 
 
+def test_it_learns_where_the_codes_of_a_label_are() -> None:
+    """A circle a label: three quarters of what is asked for is on it; of what is not, each has half."""
+    torch.manual_seed(0)
+    model = build("vae/ex_post", SPEC, {"hidden": 64, "conditional": True}, Rings(SPEC))
+    config = Train(steps=100, batch_size=128, learning_rate=1e-2)
+    stored = torch.randint(17, (1024, *SPEC.shape), generator=generator(), dtype=torch.uint8)
+    labels = (stored[:, 0, 0, 0] > 8).long()
+    train(model, stored.numpy(), labels.numpy(), config, steps=100, seed=0, device=torch.device("cpu"))
+    label = torch.arange(2000) % 2
+    with torch.no_grad():
+        drawn, free = (model.sample_codes(2000, generator=generator(), cond=cond).norm(dim=1) for cond in (label, None))
+        knobs = {"cond": label, "truncation": 0.5}
+        shown = model.sample(2000, generator=generator(), **knobs)[:, 0, 0, 0]
+        codes = model.sample_codes(2000, generator=generator(), **knobs)
+    assert ((drawn - (0.6 + 1.2 * label)).abs() < 0.25).float().mean() > 0.75
+    assert abs((free > 1.2).float().mean().item() - 0.5) < 0.06
+    assert torch.equal(shown, codes[:, 0])
+
+
 def test_what_it_can_do_and_what_cannot_work() -> None:
     model = prior()
     assert all(isinstance(model, can) for can in (Scores, Weighs, Informs, Encodes))
@@ -173,8 +267,9 @@ def test_what_it_can_do_and_what_cannot_work() -> None:
     assert isinstance(model.parent, Infers)
     with pytest.raises(UserError, match="needs a parent that infers: VQVAE2 does not"):
         build("vae/ex_post", DataSpec((1, 8, 8), 17), {}, build("vae/vqvae2", DataSpec((1, 8, 8), 17), {}))
-    with pytest.raises(ValueError, match="the parent is conditional"):
-        ExPost(SPEC, parent=vae(conditional=True))
+    bare = DataSpec((1, 4, 4), 17)
+    with pytest.raises(ValueError, match="conditional: the data has no classes to ask for"):
+        ExPost(bare, parent=vae(), conditional=True)
     with pytest.raises(ValueError, match=r"of examples \(1, 4, 4\), the data of \(1, 8, 8\)"):
         ExPost(DataSpec((1, 8, 8), 17), parent=vae())
     assert all(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from genus.contract import Batch, Conditional
+from genus.contract import Batch
 from genus.data.spec import DataSpec
 from genus.families.vae._networks import kl_by_dimension
 from genus.families.vae.vae import VAE
@@ -208,95 +208,3 @@ def test_a_flow_brings_the_bound_nearer_at_an_equal_decoder(posterior: str) -> N
 def test_an_unknown_posterior_is_named() -> None:
     with pytest.raises(ValueError, match="posterior must be diagonal, planar or radial, not normal"):
         VAE(SPEC, posterior="normal")
-
-
-# --- told labels
-
-LABELLED = DataSpec((1, 4, 4), 17, tuple("abc"))
-
-
-def _labels(n: int) -> torch.Tensor:
-    return torch.arange(n) % 3
-
-
-def test_all_else_starts_the_same_with_and_without_labels() -> None:
-    plain, told = _model(LABELLED).state_dict(), _model(LABELLED, conditional=True).state_dict()
-    assert all(torch.equal(plain[name], told[name]) for name in plain)
-    assert set(told) - set(plain) == {"label_vectors.weight"}
-    assert not isinstance(_model(LABELLED), Conditional) and isinstance(_model(LABELLED, conditional=True), Conditional)
-
-
-@torch.no_grad()
-def test_a_label_is_one_hot_beside_the_code() -> None:
-    """The decoder of a first layer of [W, V]: W z + V e_y + b."""
-    model = _model(LABELLED, conditional=True)
-    plain = _model(DataSpec((1, 4, 4), 17), latent=7)
-    state = {name: value for name, value in model.state_dict().items() if name.startswith("decoder.")}
-    state["decoder.0.weight"] = torch.cat([state["decoder.0.weight"], model.label_vectors.weight.T], 1)
-    plain.load_state_dict(state, strict=False)
-    z, label = torch.randn(6, 4, generator=_generator(), dtype=torch.float64), _labels(6)
-    both = torch.cat([z, torch.nn.functional.one_hot(label, 3).double()], 1)
-    torch.testing.assert_close(model.likelihood(z, label), plain.likelihood(both), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model.decode(both), plain.decode(both), rtol=1e-12, atol=1e-12)
-
-
-@torch.no_grad()
-def test_without_its_label_an_example_has_the_mean_over_labels() -> None:
-    model, x = _model(LABELLED, conditional=True), _images(LABELLED, 5)
-    z, _ = model.infer(x, generator=_generator())
-    each = torch.stack([model.log_likelihood(x, z, torch.full((5,), k)) for k in range(3)])
-    assert torch.allclose(model.log_likelihood(x, z), each.exp().mean(0).log(), rtol=0, atol=1e-9)
-    assert (each.std(0) > 1e-3).all()
-    told = [model.log_prob(Batch(x, torch.full((5,), k)), generator=_generator(3)) for k in range(3)]
-    alone = model.log_prob(Batch(x), generator=_generator(3))
-    assert torch.allclose(alone, torch.stack(told).exp().mean(0).log(), rtol=0, atol=1e-9)
-
-
-@torch.no_grad()
-def test_samples_are_of_the_labels_asked_for() -> None:
-    model, label = _model(LABELLED, conditional=True), _labels(6)
-    code = torch.randn(6, 7, generator=_generator(), dtype=torch.float64)
-    asked = model.sample(6, generator=_generator(), cond=label)
-    code[:, 4:] = torch.nn.functional.one_hot(label, 3)
-    assert torch.equal(asked, model.decode(code))
-    drawn = model.sample(6, generator=_generator())
-    assert not torch.equal(asked, drawn)
-    assert not torch.equal(asked, model.sample(6, generator=_generator(), cond=(label + 1) % 3))
-    assert model.sample(6, generator=_generator(), cond=label, temperature=1.0).shape == asked.shape
-    named = model._split(torch.randn(6000, 7, generator=_generator()))[1].bincount(minlength=3) / 6000
-    assert (named - 1 / 3).abs().max() < 5 * math.sqrt(2 / 9 / 6000)
-
-
-@torch.no_grad()
-def test_a_code_ends_in_the_likeliest_label() -> None:
-    model, x = _model(LABELLED, conditional=True), _images(LABELLED, 8)
-    code = model.encode(x)
-    assert code.shape == (8, model.latent) == (8, 7)
-    z = model.posterior(x)[0]
-    best = torch.stack([model.log_likelihood(x, z, torch.full((8,), k)) for k in range(3)]).argmax(0)
-    assert torch.equal(code[:, 4:].argmax(1), best) and torch.equal(code[:, :4], z)
-    assert model.decode(code).shape == x.shape
-
-
-def test_labels_are_learnt() -> None:
-    """A grey level a label, which z need not say: what is asked for comes, whatever z is."""
-    torch.manual_seed(0)
-    model = VAE(LABELLED, latent=2, channels=4, hidden=16, conditional=True)
-    label = _labels(30)
-    x = LABELLED.to_float(torch.tensor([4, 8, 12])[label].view(-1, 1, 1, 1).expand(-1, 1, 4, 4))
-    optimiser, generator = torch.optim.Adam(model.parameters(), 1e-2), _generator(7)
-    for step in range(150):
-        optimiser.zero_grad()
-        model.loss(Batch(x, label), generator=generator)["loss"].backward()
-        if step == 0:
-            assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-        optimiser.step()
-    with torch.no_grad():
-        shown = model.sample(30, generator=generator, cond=label)
-        assert (shown - x).abs().mean() < 0.2  # labels are 0.5 apart
-        assert torch.equal(model.encode(x)[:, 2:].argmax(1), label)
-
-
-def test_labels_that_are_not_there_are_named() -> None:
-    with pytest.raises(ValueError, match="conditional: the data has no classes to ask for"):
-        VAE(SPEC, conditional=True)

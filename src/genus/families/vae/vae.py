@@ -3,8 +3,7 @@
 Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114; the importance-weighted bound is that of
 Burda et al. 2015, arXiv:1509.00519; the likelihood, a mixture of logistics a pixel, that of PixelCNN++; the weight
 ``beta`` of the KL term that of Higgins et al. 2017, "beta-VAE" (ICLR); the flows that bend the posterior those of
-Rezende & Mohamed 2015, arXiv:1505.05770; labels are asked for as in Sohn, Lee & Yan 2015, "Learning Structured Output
-Representation using Deep Conditional Generative Models" (NeurIPS).
+Rezende & Mohamed 2015, arXiv:1505.05770.
 """
 
 from __future__ import annotations
@@ -29,12 +28,9 @@ class VAE(Family):
 
     ``posterior``: "diagonal" is that normal; "planar" and "radial" bend it by ``flow_layers`` layers of a flow, whose
     parameters the encoder gives as well (Rezende & Mohamed 2015, section 4.2): the decoder stays the same.
-    ``conditional``: the decoder is told the label y as well, p(x|z, y), with p(y) alike for all. The encoder is not:
-    the example shows its label. A code then ends in one number a label, the largest of which names it.
 
     Height and width must be multiples of 4 (ValueError). Vectors [D, 1, 1] get fully connected layers, four times as
-    many logistics a value, and a code of at most D numbers. Continuous data is a ValueError,
-    and so is ``conditional`` where the data has no classes.
+    many logistics a value, and a code of at most D numbers. Continuous data is a ValueError.
     """
 
     paper = "Kingma & Welling 2013, arXiv:1312.6114"
@@ -53,33 +49,24 @@ class VAE(Family):
         beta: float = 1.0,
         posterior: str = "diagonal",
         flow_layers: int = 16,
-        conditional: bool = False,
     ):
         super().__init__(spec)
-        if conditional and len(spec.classes) < 2:
-            raise ValueError("conditional: the data has no classes to ask for")
         if posterior not in ("diagonal", *FLOWS):
             raise ValueError(f"posterior must be diagonal, {' or '.join(FLOWS)}, not {posterior}")
         if spec.flat:
             latent, mixtures = min(latent, spec.dims), 4 * mixtures
-        self.mixtures, self.free_bits, self.beta = mixtures, free_bits, beta
-        self.noise = latent  # numbers of z
-        self.latent = latent + (len(spec.classes) if conditional else 0)
+        self.latent, self.mixtures, self.free_bits, self.beta = latent, mixtures, free_bits, beta
         self.fold = 1 if spec.flat else 2
         self.bend = posterior
         self.encoder, self.decoder = networks(spec, latent, channels, hidden, mixtures)
         self._build_flow(flow_layers)
-        self.label_vectors: nn.Embedding | None = None
-        if conditional:
-            self.labels = len(spec.classes)  # only then: contract.Conditional
-            self.label_vectors = nn.Embedding(self.labels, len(cast("Tensor", self.decoder[0].weight)))
 
     def _build_flow(self, layers: int) -> None:
         """The flow's head beside the encoder's last layer, built last: all else starts the same with and without it."""
         if self.bend not in FLOWS:
             return
         width = cast("nn.Linear", self.encoder[-1]).in_features
-        start = FLOWS[self.bend].start(layers, self.noise)
+        start = FLOWS[self.bend].start(layers, self.latent)
         self.flow = nn.Linear(width, start.numel())
         with torch.no_grad():
             self.flow.weight *= 0.1
@@ -87,7 +74,7 @@ class VAE(Family):
         self.flow_shape = start.shape
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Mean and log standard deviation of a normal, each [B, noise], and the layers that bend it to q(z|x).
+        """Mean and log standard deviation of a normal, each [B, latent], and the layers that bend it to q(z|x).
 
         A layer is its parameters as ``genus.nn.planar`` or ``radial`` has them, [B, numbers]; "diagonal" has none.
         """
@@ -96,17 +83,12 @@ class VAE(Family):
         layers = self.flow(seen).to(x.dtype).unflatten(1, self.flow_shape).unbind(1) if self.bend in FLOWS else ()
         return mean, log_std, layers
 
-    def likelihood(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+    def likelihood(self, z: Tensor) -> Tensor:
         """Parameters of p(x|z), for the image folded 2x2 into channels: [B, 3 * mixtures, 4C, H/2, W/2].
 
-        For vectors [B, 3 * mixtures, D, 1, 1]. ``label`` int64 [B]: of a conditional model, whose first layer sees it
-        one-hot beside z.
+        For vectors [B, 3 * mixtures, D, 1, 1].
         """
-        if self.label_vectors is None:
-            told = self.decoder(z)
-        else:
-            told = self.decoder[1:](self.decoder[0](z) + self.label_vectors(label))
-        return told.contiguous().unflatten(1, (3 * self.mixtures, -1))
+        return self.decoder(z).contiguous().unflatten(1, (3 * self.mixtures, -1))
 
     def loss(self, batch: Batch, *, generator: Generator) -> Terms:
         """The negative ELBO, its KL term in closed form (Kingma & Welling, eq. 10) where no flow bends the posterior.
@@ -116,22 +98,19 @@ class VAE(Family):
         code as a whole may have as much. On small images the code else stays unused: its price comes before its worth.
         """
         z, kl = self._code(batch.x, generator)
-        log_px, kl = self.log_likelihood(batch.x, z, batch.cond).mean(), kl.mean(0)
+        log_px, kl = self.log_likelihood(batch.x, z).mean(), kl.mean(0)
         bound = (log_px - kl.sum()).detach()
         return {
-            "loss": self.beta * kl.clamp(min=self.free_bits * (self.noise / len(kl))).sum() - log_px,
+            "loss": self.beta * kl.clamp(min=self.free_bits * (self.latent / len(kl))).sum() - log_px,
             "kl": kl.detach().sum(),
             "reconstruction": -log_px.detach(),
             "bits_per_dim": -bound / (self.spec.dims * math.log(2)),
         }
 
     def log_prob(self, batch: Batch, *, generator: Generator) -> Tensor:
-        """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation.
-
-        Of a conditional model, that of the example given its label; where there is none, of the example.
-        """
+        """The ELBO from one draw of the code: [B] nats, below the log-probability in expectation."""
         z, kl = self._code(batch.x, generator)
-        return self.log_likelihood(batch.x, z, batch.cond) - kl.sum(1)
+        return self.log_likelihood(batch.x, z) - kl.sum(1)
 
     def rate(self, batch: Batch, *, generator: Generator) -> Tensor:
         """KL(q(z|x) || p(z)), what the code says of each example: [B] nats; under a flow an estimate by one draw."""
@@ -145,38 +124,25 @@ class VAE(Family):
         posterior, weights = self.posterior(batch.x), []
         for _ in range(k):
             z, log_q = self._drawn(*posterior, generator)
-            weights.append(self.log_likelihood(batch.x, z, batch.cond) + _log_normal(z) - log_q)
+            weights.append(self.log_likelihood(batch.x, z) + _log_normal(z) - log_q)
         return torch.stack(weights)
 
     def infer(self, x: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:
-        """A draw z from q(z|x), [B, noise], and log q(z|x) of it, [B] nats."""
+        """A draw z from q(z|x), [B, latent], and log q(z|x) of it, [B] nats."""
         return self._drawn(*self.posterior(x), generator)
 
-    def log_likelihood(self, x: Tensor, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """log p(x|z), [B] nats; of a conditional model log p(x|z, y), and without ``label`` what p(y) makes of it."""
-        if self.label_vectors is None or label is not None:
-            folded = F.pixel_unshuffle(x, self.fold)
-            return logistic.log_prob(self.likelihood(z, label), folded, self.spec.levels).flatten(1).sum(1)
-        return self._by_label(x, z).logsumexp(0) - math.log(self.labels)
-
-    def _by_label(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x|z, y) for each label y: [labels, B] nats."""
-        every = torch.arange(self.labels, device=x.device)
-        return torch.stack([self.log_likelihood(x, z, label) for label in every.unsqueeze(1).expand(-1, len(x))])
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z), [B] nats."""
+        folded = F.pixel_unshuffle(x, self.fold)
+        return logistic.log_prob(self.likelihood(z), folded, self.spec.levels).flatten(1).sum(1)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The posterior's mean, or to where the flow bends its normal's: [B, latent].
-
-        Of a conditional model it ends in the likeliest label, one-hot.
-        """
+        """The posterior's mean, or to where the flow bends its normal's: [B, latent]."""
         mean, log_std, layers = self.posterior(x)
-        z = self._bent(torch.zeros_like(mean), mean, log_std, layers)[0] if layers else mean
-        if self.label_vectors is None:
-            return z
-        return torch.cat([z, F.one_hot(self._by_label(x, z).argmax(0), self.labels).to(z.dtype)], 1)
+        return self._bent(torch.zeros_like(mean), mean, log_std, layers)[0] if layers else mean
 
     def _code(self, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """A draw of z [B, noise], and the KL of its posterior, a part for each dimension [B, noise].
+        """A draw of the code [B, latent], and the KL of its posterior, a part for each dimension [B, latent].
 
         Under a flow the KL is one number [B, 1], of this draw but for the normal's entropy: Rezende & Mohamed, eq. 15.
         """
@@ -195,7 +161,7 @@ class VAE(Family):
         return z, _log_normal(noise) - log_std.sum(1) - log_det
 
     def _bent(self, noise: Tensor, mean: Tensor, log_std: Tensor, layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """z [B, noise] of standard normal noise, and the log-determinant [B] of the flow alone.
+        """A code [B, latent] of standard normal noise, and the log-determinant [B] of the flow alone.
 
         The layers come before mean and deviation, not after them as in the paper: planes and centres that start at the
         scale of the noise are where the posterior is, however narrow.
@@ -208,32 +174,24 @@ class VAE(Family):
 
     def decode(self, code: Tensor) -> Tensor:
         """The expected image of p(x|z): [B, C, H, W]."""
-        return F.pixel_shuffle(logistic.mean(self.likelihood(*self._split(code))), self.fold)
+        return F.pixel_shuffle(logistic.mean(self.likelihood(code)), self.fold)
 
     def show(self, code: Tensor, *, generator: Generator, temperature: float = 0.0) -> Tensor:
         """Images of codes, [B, C, H, W]: at ``temperature`` 0 as decoded, at 1 drawn from p(x|z)."""
         if temperature == 0:
             return self.decode(code)
-        likelihood = self.likelihood(*self._split(code))
-        x = logistic.sample(likelihood, self.spec.levels, generator=generator, temperature=temperature)
+        x = logistic.sample(self.likelihood(code), self.spec.levels, generator=generator, temperature=temperature)
         return F.pixel_shuffle(x, self.fold)
 
     def sample(self, n: int, *, generator: Generator, cond: Tensor | None = None, temperature: float = 0.0) -> Tensor:
-        """Images from the prior: [n, C, H, W]; of a conditional model those of labels ``cond`` int64 [n], else of any.
+        """Images from the prior: [n, C, H, W].
 
         ``temperature`` 0 shows the expected image of p(x|z), what VAE papers print; 1 draws every pixel from its
         mixture, which is the distribution that ``log_prob`` speaks of: independent noise in each pixel.
         """
         dtype = next(self.parameters()).dtype
         code = torch.randn(n, self.latent, generator=generator, device=generator.device, dtype=dtype)
-        if cond is not None and self.label_vectors is not None:
-            code = torch.cat([code[:, : self.noise], F.one_hot(cond, self.labels).to(dtype)], 1)
         return self.show(code, generator=generator, temperature=temperature)
-
-    def _split(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z, and of a conditional model the label that a code names."""
-        z, named = code.split([self.noise, self.latent - self.noise], 1)
-        return z, None if self.label_vectors is None else named.argmax(1)
 
 
 def _noise(like: Tensor, generator: Generator) -> Tensor:
