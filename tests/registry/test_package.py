@@ -120,10 +120,10 @@ def test_knobs_are_params_with_the_defaults_of_the_evaluation(
 
 
 def test_what_mlflow_would_drop_in_silence_is_refused(folder: Path) -> None:
-    vae, gan = (load(folder / "packages" / name) for name in ("vae-vae", "gan-gan"))  # the second takes no params
+    vae, gan = (load(folder / "packages" / name) for name in ("vae-vae", "gan-gan"))
     for model, data, params, line in (
         (vae, {"seed": [1]}, {"temprature": 1.0}, "'temprature': did you mean 'temperature'?"),
-        (gan, {"seed": [1]}, {"temperature": 1.0}, "no parameter 'temperature': it takes none"),
+        (gan, {"seed": [1]}, {"temperature": 1.0}, "no parameter 'temperature': it takes truncation"),
         (vae, {"seed": [1]}, {"temperature": "hot"}, "'temperature' of vae-vae is a number, as 0.0: not 'hot'"),
         (vae, {"seed": [1]}, {"temperature": True}, "is a number"),
         (vae, {"seed": [1]}, {"temperature": float("nan")}, "is a finite number"),
@@ -161,7 +161,9 @@ class Labelled(torch.nn.Module):
 
     labels = 3
 
-    def sample(self, n: int, *, generator: torch.Generator, cond: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(
+        self, n: int, *, generator: torch.Generator, cond: torch.Tensor | None = None, **knobs: float
+    ) -> torch.Tensor:
         assert cond is not None and cond.dtype == torch.int64 and cond.shape == (n,)
         return (cond * 2 / (SPEC.levels - 1) - 1).view(n, 1, 1, 1).expand(n, *SPEC.shape)
 
@@ -195,7 +197,9 @@ class Watchful(torch.nn.Module):
         super().__init__()
         self.seen: list[int] = []
 
-    def sample(self, n: int, *, generator: torch.Generator, cond: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(
+        self, n: int, *, generator: torch.Generator, cond: torch.Tensor | None = None, **knobs: float
+    ) -> torch.Tensor:
         time.sleep(0.02)
         self.seen.append(torch.get_num_threads())
         return torch.zeros(n, *SPEC.shape)
