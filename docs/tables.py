@@ -60,12 +60,13 @@ def collection(name: str) -> list[str]:
     headings = "model|family|paper|parameters|bits/dim, kind|Fréchet distance (floor)|share of the Gaussian control"
     headings += "|n|coverage|steps / s|images/s|ms/sample"
     headings = "|".join([headings, *(heading for heading, _ in further.values())])
+    several = len({record["dataset"] for record in images}) > 1  # then a model's whole name is needed
     rows = []
     for record in sorted(images, key=quality):
         metrics, timing = record["metrics"], record["timing"]
         rows.append(
             [
-                record["name"].removeprefix(f"{record['dataset']}-"),
+                record["name"] if several else record["name"].removeprefix(f"{record['dataset']}-"),
                 record["family"].partition("/")[0],
                 linked(record["paper"]),
                 f"{record['parameters']:,}",
