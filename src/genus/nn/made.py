@@ -52,7 +52,8 @@ class MADE(nn.Module):
             self.label_last = nn.Parameter(torch.zeros(labels, dims, outputs))
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        entered, last_bias = F.linear(x, self.first * self.enters, self.first_bias), self.last_bias
+        entered = F.linear(x, self.first * self.enters, self.first_bias)
+        last_bias: Tensor = self.last_bias
         if label is not None:
             entered, last_bias = entered + self.label_first[label], last_bias + self.label_last[label]
         h = self._hidden(entered, self.middle * self.stays)
