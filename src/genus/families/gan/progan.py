@@ -1,8 +1,8 @@
 """ProGAN: both networks grow from a coarse image to the full one, and each new resolution is faded in.
 
 Karras et al. 2017, "Progressive Growing of GANs for Improved Quality, Stability, and Variation"
-(https://arxiv.org/abs/1710.10196). The game is that of Mescheder et al. 2018 (https://arxiv.org/abs/1801.04406), its
-penalty applied every few steps as by Karras et al. 2019 (https://arxiv.org/abs/1912.04958).
+(https://arxiv.org/abs/1710.10196). The paper plays WGAN-GP, whose penalty is due in every step and makes it twice as
+dear; here the game is that of ``_equalised``.
 """
 
 from __future__ import annotations
@@ -17,26 +17,20 @@ from torch.nn import functional
 
 from genus.contract import Batch, Terms
 from genus.data.spec import DataSpec
-from genus.families.gan._adversarial import Adversarial, slopes
-
-COARSEST = 4  # pixels a side below which no image is halved
+from genus.families.gan._equalised import Conv, Equalised, Linear, PixelNorm, doubled, halved, last_look
 
 
-class ProGAN(Adversarial):
+class ProGAN(Equalised):
     """Learns images of 7x7 pixels first, then of 14x14, then of 28x28 (section 2, figure 2).
 
     The coarsest image is the data's, halved for as long as both sides are even and their halves not below 4. ``grow``:
     steps at each resolution before the next one is faded in, and steps of that, in which networks and real images are
     mixed from both resolutions; 0: nothing grows. ``latent``: size of z, which goes in on the sphere. ``width`` and
     ``critic_width``: channels at the full resolution, twice as many at each half.
-    ``r1``: weight γ of the penalty γ/2 E|∇D(x)|² on real images, which comes every ``r1_every`` critic steps and then
-    that many times as strong. The paper plays WGAN-GP, whose penalty is due in every step and makes it twice as dear.
+    The rest is as ``Equalised`` has it; steps are counted for where it has grown to, too.
     """
 
-    critic_steps: Tensor
     paper = "Karras et al. 2017, arXiv 1710.10196"
-    kinds = ("image",)
-    widths = ("width", "critic_width")
 
     def __init__(
         self,
@@ -50,18 +44,15 @@ class ProGAN(Adversarial):
         r1_every: int = 16,
         conditional: bool = False,
     ):
-        super().__init__(spec, latent=latent, conditional=conditional)
-        self.grow, self.r1, self.r1_every = grow, r1, r1_every
-        self.register_buffer("critic_steps", torch.zeros((), dtype=torch.int64))  # where it has grown to: for resuming
+        super().__init__(spec, latent=latent, r1=r1, r1_every=r1_every, conditional=conditional)
+        self.grow = grow
         channels, high, across = spec.shape
-        doublings = 0
-        while high % 2 == across % 2 == 0 and min(high, across) >= 2 * COARSEST:
-            high, across, doublings = high // 2, across // 2, doublings + 1
-        self.doublings = doublings
-        grown, seen = ([size << k for k in range(doublings, -1, -1)] for size in (width, critic_width))
-        self.generator = nn.Sequential(Growing(self.latent, (high, across), grown, channels))
+        sides = halved(high, across)
+        self.doublings = len(sides) - 1
+        grown, seen = doubled(width, len(sides)), doubled(critic_width, len(sides))
+        self.generator = nn.Sequential(Growing(self.latent, sides[0], grown, channels))
         self.critic = nn.Sequential(
-            Shrinking(channels, seen, (high, across)),  # [B, w]
+            Shrinking(channels, seen, sides[0]),  # [B, w]
             Linear(seen[0], 1, gain=1.0),
         )
         self._watch_labels()
@@ -103,20 +94,12 @@ class ProGAN(Adversarial):
         """One step each, non-saturating. Both use one batch of fakes."""
         shares = self.shares(now=True)
         fake = self.generator[0](self.codes(batch, generator), shares)
-        penalised = self.r1 > 0 and int(self.critic_steps) % self.r1_every == 0
         real = batch.x
         for _ in range(self.doublings + 1 - len(shares)):
             real = halve(real)
         real = torch.lerp(double(halve(real)), real, shares[-1]) if shares[-1] < 1 else real
-        real = real.requires_grad_(penalised)
-        # Real and fake go through the critic apart: it looks at how much the examples of a batch differ.
-        real_score, fake_score = self.score(real, batch.cond), self.score(fake.detach(), batch.cond)
-        terms = {"loss": functional.softplus(-real_score).mean() + functional.softplus(fake_score).mean()}
-        if penalised:
-            penalty = slopes(real_score, real).square().sum(1).mean()
-            terms = {"loss": terms["loss"] + self.r1 / 2 * self.r1_every * penalty, "r1": penalty}
-        yield "critic", terms
-        yield "generator", {"loss": functional.softplus(-self.score(fake, batch.cond)).mean()}
+        yield "critic", self.critic_terms(real, fake, batch.cond)
+        yield "generator", self.generator_terms(fake, batch.cond)
         self.critic_steps += 1
 
 
@@ -162,18 +145,10 @@ class Shrinking(nn.Module):
     def __init__(self, channels: int, widths: list[int], low: tuple[int, int]):
         super().__init__()
         self.tails = nn.ModuleList(nn.Sequential(Conv(channels, width, 1), nn.LeakyReLU(0.2)) for width in widths)
-        last = nn.Sequential(
-            Deviation(),
-            Conv(widths[0] + 1, widths[0], 3),
-            nn.LeakyReLU(0.2),
-            nn.Flatten(),
-            Linear(widths[0] * low[0] * low[1], widths[0]),
-            nn.LeakyReLU(0.2),
-        )
         halving = (
             nn.Sequential(Conv(width, before, 4, stride=2), nn.LeakyReLU(0.2)) for before, width in pairwise(widths)
         )
-        self.blocks = nn.ModuleList([last, *halving])
+        self.blocks = nn.ModuleList([nn.Sequential(*last_look(widths[0], low)), *halving])
 
     def forward(self, x: Tensor, shares: list[float]) -> Tensor:
         """Of images of the resolution of the last of ``shares``; the rest goes to what is seen at half of that."""
@@ -187,66 +162,17 @@ class Shrinking(nn.Module):
         return h
 
 
-class Conv(nn.Conv2d):
-    """A convolution that keeps or halves the resolution, with an equalised learning rate (section 4.1).
-
-    Weights start standard normal and are scaled to He's as they are used, so that a step changes all of them by the
-    same share.
-    """
-
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, gain: float = math.sqrt(2)):
-        super().__init__(inputs, outputs, size, stride, (size - 1) // 2)
-        self.gain = gain / math.sqrt(inputs * size**2)
-        standard(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.gain * self.weight, self.bias)
-
-
 class Double(nn.ConvTranspose2d):
-    """The same of a transposed convolution that doubles the resolution: 2x2 of its 4x4 weights reach a pixel."""
+    """``Conv``'s like that doubles the resolution, a transposed convolution: 2x2 of its 4x4 weights reach a pixel."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 4, 2, 1)
         self.gain = math.sqrt(2 / (4 * inputs))
-        standard(self)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         return functional.conv_transpose2d(x, self.gain * self.weight, self.bias, 2, 1)
-
-
-class Linear(nn.Linear):
-    """The same of a linear layer."""
-
-    def __init__(self, inputs: int, outputs: int, *, gain: float = math.sqrt(2)):
-        super().__init__(inputs, outputs)
-        self.gain = gain / math.sqrt(inputs)
-        standard(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.gain * self.weight, self.bias)
-
-
-def standard(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
-    """Draws a layer's weights from a standard normal distribution; its biases are zero."""
-    nn.init.normal_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-class PixelNorm(nn.Module):
-    """Each pixel's features to the root mean square 1 (section 4.2), and so each code to a sphere."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-
-
-class Deviation(nn.Module):
-    """One more channel, the same everywhere: the mean standard deviation over the batch (section 3)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        deviation = ((x - x.mean(0)).square().mean(0) + 1e-8).sqrt().mean()
-        return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], 1)
 
 
 def halve(x: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 Karras et al. 2018, "A Style-Based Generator Architecture for Generative Adversarial Networks"
 (https://arxiv.org/abs/1812.04948), with the modulated convolutions, the summed images and the penalty every few steps
-of Karras et al. 2019, "Analyzing and Improving the Image Quality of StyleGAN" (https://arxiv.org/abs/1912.04958). The
-game is that of Mescheder et al. 2018 (https://arxiv.org/abs/1801.04406).
+of Karras et al. 2019, "Analyzing and Improving the Image Quality of StyleGAN" (https://arxiv.org/abs/1912.04958).
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from torch.nn import functional
 
 from genus.contract import Batch, Terms
 from genus.data.spec import DataSpec
-from genus.families.gan._adversarial import Adversarial, slopes
+from genus.families.gan._equalised import Conv, Equalised, Linear, PixelNorm, doubled, halved, last_look
 
-COARSEST = 4  # pixels a side below which no image is halved
 SLOW = 0.1  # learning rate of the mapping, as a share: the authors' 0.01 is for a training a hundred times as long
 FORGET = 0.01  # share of the latest batch in the mean style
 
 
-class StyleGAN(Adversarial):
+class StyleGAN(Equalised):
     """z is mapped to w, by which every convolution's input is scaled; noise of each pixel's own is added (figure 1).
 
     The generator starts from a constant of the coarsest resolution and doubles it: the data's, halved for as long as
@@ -36,15 +34,12 @@ class StyleGAN(Adversarial):
     resolution, twice as many at each half.
     ``mixing``: share of the training images that take w from one code up to a layer and from another behind it, so that
     layers learn not to rely on each other (1812.04948, section 3.1).
-    ``r1``: weight γ of the penalty γ/2 E|∇D(x)|² on real images, which comes every ``r1_every`` critic steps and then
-    that many times as strong. The later paper's penalty on the path length, for smoother interpolation, is left out.
+    The rest is as ``Equalised`` has it. The later paper's penalty on the path length, for smoother interpolation, is
+    left out.
     """
 
-    critic_steps: Tensor
     mean_style: Tensor
     paper = "Karras et al. 2018, arXiv 1812.04948; Karras et al. 2019, arXiv 1912.04958"
-    kinds = ("image",)
-    widths = ("width", "critic_width")
 
     def __init__(
         self,
@@ -59,28 +54,19 @@ class StyleGAN(Adversarial):
         r1_every: int = 16,
         conditional: bool = False,
     ):
-        super().__init__(spec, latent=latent, conditional=conditional)
-        self.mixing, self.r1, self.r1_every = mixing, r1, r1_every
-        self.register_buffer("critic_steps", torch.zeros((), dtype=torch.int64))  # where in the R1 cycle: for resuming
+        super().__init__(spec, latent=latent, r1=r1, r1_every=r1_every, conditional=conditional)
+        self.mixing = mixing
         self.register_buffer("mean_style", torch.zeros(latent))
         channels, high, across = spec.shape
-        sides = [(high, across)]  # the coarsest first
-        while high % 2 == across % 2 == 0 and min(high, across) >= 2 * COARSEST:
-            high, across = high // 2, across // 2
-            sides.insert(0, (high, across))
-        styled, seen = ([size << k for k in reversed(range(len(sides)))] for size in (width, critic_width))
+        sides = halved(high, across)
+        styled, seen = doubled(width, len(sides)), doubled(critic_width, len(sides))
         self.generator = nn.Sequential(Mapping(self.latent, latent, layers), Synthesis(latent, sides, styled, channels))
         halving = [[Conv(width, before, 4, stride=2), nn.LeakyReLU(0.2)] for before, width in pairwise(seen)]
         self.critic = nn.Sequential(
             Conv(channels, seen[-1], 1),
             nn.LeakyReLU(0.2),
             *(layer for pair in reversed(halving) for layer in pair),
-            Deviation(),
-            Conv(seen[0] + 1, seen[0], 3),
-            nn.LeakyReLU(0.2),
-            nn.Flatten(),
-            Linear(seen[0] * high * across, seen[0]),
-            nn.LeakyReLU(0.2),
+            *last_look(seen[0], sides[0]),
             Linear(seen[0], 1, gain=1.0),
         )
         self._watch_labels()
@@ -110,17 +96,9 @@ class StyleGAN(Adversarial):
     def updates(self, batch: Batch, *, generator: Generator) -> Iterable[tuple[str, Terms]]:
         """One step each, non-saturating. Both use one batch of fakes."""
         fake = self.parts[1](*self._styles(batch, generator))
-        penalised = self.r1 > 0 and int(self.critic_steps) % self.r1_every == 0
-        real = batch.x.requires_grad_(penalised)
-        # Real and fake go through the critic apart: it looks at how much the examples of a batch differ.
-        real_score, fake_score = self.score(real, batch.cond), self.score(fake.detach(), batch.cond)
-        terms = {"loss": functional.softplus(-real_score).mean() + functional.softplus(fake_score).mean()}
-        if penalised:
-            penalty = slopes(real_score, real).square().sum(1).mean()
-            terms = {"loss": terms["loss"] + self.r1 / 2 * self.r1_every * penalty, "r1": penalty}
-        yield "critic", terms
+        yield "critic", self.critic_terms(batch.x, fake, batch.cond)
         self.critic_steps += 1
-        yield "generator", {"loss": functional.softplus(-self.score(fake, batch.cond)).mean()}
+        yield "generator", self.generator_terms(fake, batch.cond)
 
     def _styles(self, batch: Batch, generator: Generator) -> tuple[list[Tensor], list[Tensor]]:
         """A style for each layer, [B, latent], from one code or mixed from two; and noise for each."""
@@ -144,14 +122,7 @@ class Mapping(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, layers: int):
         sizes = [inputs, *[outputs] * layers]
         dense = [[Linear(before, after, slow=SLOW), nn.LeakyReLU(0.2)] for before, after in pairwise(sizes)]
-        super().__init__(Sphere(), *(layer for pair in dense for layer in pair))
-
-
-class Sphere(nn.Module):
-    """[B, N] to the root mean square 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+        super().__init__(PixelNorm(), *(layer for pair in dense for layer in pair))
 
 
 class Synthesis(nn.Module):
@@ -229,40 +200,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         return self.colours(x * self.scales(style)[:, :, None, None])
-
-
-class Conv(nn.Conv2d):
-    """A convolution with an equalised learning rate: weights start standard normal and are scaled as they are used."""
-
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, gain: float = math.sqrt(2)):
-        super().__init__(inputs, outputs, size, stride, (size - 1) // 2)
-        self.gain = gain / math.sqrt(inputs * size**2)
-        nn.init.normal_(self.weight)
-        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.gain * self.weight, self.bias)
-
-
-class Linear(nn.Linear):
-    """The same of a linear layer, whose biases start at ``bias``; ``slow``: its share of the learning rate."""
-
-    def __init__(self, inputs: int, outputs: int, *, gain: float = math.sqrt(2), bias: float = 0.0, slow: float = 1.0):
-        super().__init__(inputs, outputs)
-        self.gain, self.slow = slow * gain / math.sqrt(inputs), slow
-        nn.init.normal_(self.weight, std=1 / slow)
-        nn.init.constant_(self.bias, bias / slow)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.gain * self.weight, self.slow * self.bias)
-
-
-class Deviation(nn.Module):
-    """One more channel, the same everywhere: the mean standard deviation over the batch (1710.10196, section 3)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        deviation = ((x - x.mean(0)).square().mean(0) + 1e-8).sqrt().mean()
-        return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], 1)
 
 
 Model = StyleGAN
