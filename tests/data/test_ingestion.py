@@ -96,7 +96,8 @@ def test_statistics_against_numpy_and_scipy() -> None:
     np.testing.assert_allclose(found["std"], flat.std(1), atol=1e-9)
     np.testing.assert_array_equal(found["min"], flat.min(1))
     np.testing.assert_array_equal(found["max"], flat.max(1))
-    np.testing.assert_allclose(found["entropy"], [entropy(np.bincount(row), base=2) for row in flat], atol=1e-12)
+    np.testing.assert_allclose(found["entropy"], [entropy(np.bincount(row), base=2) for row in flat], atol=6e-7)
+    np.testing.assert_array_equal(found["entropy"], found["entropy"].round(6))  # the same on every processor
     assert found["std"][0] == 0 and found["entropy"][0] == 0
 
 

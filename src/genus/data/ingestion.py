@@ -115,7 +115,8 @@ class _Images(AbstractContextManager["_Images"]):
 def statistics(images: np.ndarray, levels: int) -> dict[str, np.ndarray]:
     """The table's figures of some images, uint8 [N, ...] to columns [N].
 
-    All come from exact histograms: mean and standard deviation in levels, entropy in bits a pixel.
+    All come from exact histograms: mean and standard deviation in levels, entropy in bits a pixel. Of the entropy, six
+    decimals: in its last digits processors differ, and with them would the hash of the data.
     Raises ValueError where a pixel is not below ``levels``.
     """
     flat = images.reshape(len(images), -1)
@@ -132,7 +133,7 @@ def statistics(images: np.ndarray, levels: int) -> dict[str, np.ndarray]:
         "std": np.sqrt(np.maximum(histogram @ level**2 / flat.shape[1] - mean**2, 0)),
         "min": (histogram > 0).argmax(1),
         "max": levels - 1 - (histogram > 0)[:, ::-1].argmax(1),
-        "entropy": -(share * logs).sum(1) + 0.0,  # + 0.0: no negative zero
+        "entropy": -(share * logs).sum(1).round(6) + 0.0,  # + 0.0: no negative zero
         "sha1": np.array([hashlib.sha1(row.tobytes(), usedforsecurity=False).hexdigest() for row in flat]),
     }
 
