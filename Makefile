@@ -31,7 +31,8 @@ gpu-check: .venv/stamp    # one line where there is no GPU
 bench: .venv/stamp        # the slow measurements, one script each
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-soak: .venv/stamp         # kill -9 at random moments, 50 times and more: nothing may be lost, changed or left running
+soak: .venv/stamp         # the slow tests; then kill -9, 50 times: nothing may be lost, changed or left running
+	$(BIN)/python -m pytest -m slow
 	@$(BIN)/python -m tests.survive.soak $(ARGS)
 
 clean:                    # what a run can make again; data/raw, the DVC cache, the tracking store and what waits for it stay

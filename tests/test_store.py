@@ -126,6 +126,7 @@ def arrived(database: Path) -> int:
         return int(store.execute("SELECT coalesce(max(step), 0) FROM metrics").fetchone()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("passing")
 def test_a_server_that_dies_during_a_training_gets_all_of_it_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

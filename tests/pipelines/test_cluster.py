@@ -42,6 +42,7 @@ def lock(toy: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_worker_processes_end_in_the_same_lock_as_dvc_alone(toy: Path, prefect: None) -> None:
     pytest.importorskip("prefect_dask", reason="the optional extra genus[dask]")
     locks = []
@@ -60,6 +61,7 @@ def test_two_worker_processes_end_in_the_same_lock_as_dvc_alone(toy: Path, prefe
     assert locks[0] == locks[1] and len(locks[0]) == 6
 
 
+@pytest.mark.slow
 def test_stages_on_a_cluster_that_is_there_end_with_a_killed_flow(
     toy: Path, prefect: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_killed_stage_is_one_line_and_leaves_nothing(toy: Path, monkeypatch: pyt
     assert (toy / "data/processed/digits/train.npy").read_text() == "digits"
 
 
+@pytest.mark.slow
 def test_killed_flow_and_killed_server(
     toy: Path, forks: Path, monkeypatch: pytest.MonkeyPatch, prefect: None, prefect_database: Path
 ) -> None:
