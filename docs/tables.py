@@ -4,7 +4,8 @@ python docs/tables.py
 
 X is a collection (its records must be there: `genus run --collection X`; X-text where some of its models are of text),
 `evaluations` (quality against what a sample costs, of the collections tour and score), `claims` (the default
-collection's), or what a benchmark has kept in benchmarks/results: `budget-10`, `modes`, `wgan-loss`, `beta`, `peers`.
+collection's), or what a benchmark has kept in benchmarks/results: `budget-10`, `modes`, `wgan-loss`, `beta`, `peers`,
+`quantisers`.
 A table whose figures are not there stays as it is, and is named.
 """
 
@@ -25,7 +26,7 @@ Entry = dict[str, Any]
 
 def main() -> None:
     made = {"claims": claims, "evaluations": evaluations, "budget-10": lambda: larger("10")}
-    made |= {"modes": modes, "wgan-loss": wgan_loss, "beta": beta, "peers": peers}
+    made |= {"modes": modes, "wgan-loss": wgan_loss, "beta": beta, "peers": peers, "quantisers": quantisers}
     for name in config.load().collections:
         made |= {name: partial(collection, name), f"{name}-text": partial(of_text, name)}
 
@@ -235,6 +236,20 @@ def peers() -> list[str]:
         for name, race in kept("peers").get("races", {}).items()
     ]
     return markdown("beside|our images/s as a multiple of theirs (quartiles)|what is equal", rows)
+
+
+def quantisers() -> list[str]:
+    """benchmarks/quantisers.py. Of the two grids, the coarse one first."""
+    rows = []
+    for name, run in kept("quantisers").items():
+        used = " / ".join(f"{share:.0%}" for share in run["used"])
+        perplexity = " / ".join(f"{value:.1f}" for value in run["perplexity"])
+        shares = [f"{run[key]:.3f}" for key in ("reconstruction_share", "sample_share")]
+        rows.append(
+            [name, str(run["entries"]), used, perplexity, number(run["reconstruction_error"], "{:.1f}"), *shares]
+        )
+    headings = "quantiser|entries|used, coarse / fine|perplexity|error of reconstructions, levels|share of the control"
+    return markdown(f"{headings}|that of the prior's samples", rows)
 
 
 def claims() -> list[str]:
