@@ -41,8 +41,11 @@ def main() -> None:
 
 
 def measured(name: str) -> list[Entry]:
-    """The records of a collection's models that did not fail."""
-    records = [read_json(path) for path in sorted((Path("reports/records") / name).glob("*.json"))]
+    """The records of a collection's models that did not fail; none, unless all of them were evaluated here."""
+    paths = [Path("reports/records") / name / f"{model}.json" for model in sorted(config.load().collection(name))]
+    if not all(path.exists() for path in paths):
+        return []
+    records = [read_json(path) for path in paths]
     return [record for record in records if not record.get("failure")]
 
 
