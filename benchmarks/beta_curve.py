@@ -11,8 +11,8 @@ Then asks whether beta = 30 has a wider gap than beta = 1. Neither the curve's s
 have a say in an answer. What was fixed before any of a question's seeds was trained (``QUESTIONS``): the seeds, the
 steps, the two betas, all else as in the curve; a paired t test of the gap, one-sided, over all of them. The same test
 of DCI disentanglement is told beside it, and decides nothing. At 1,600 steps the answer was no: at beta = 30 two of the
-six gaps are next to none. So it was asked once more, of trainings five times as long and with ten seeds. As two
-questions have two chances, each is answered at 2.5%.
+six gaps are next to none. So it was asked once more, of trainings five times as long and with ten seeds: wider on each
+of them (+0.245, p = 6e-9). As two questions have two chances, each is answered at 2.5%.
 """
 
 from __future__ import annotations
