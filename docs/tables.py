@@ -124,7 +124,8 @@ FURTHER = {  # of a metric: its heading, its form
 def evaluations() -> list[str]:
     """Quality against what a sample costs: samplers of many steps and those of few, at their settings of the knobs."""
     rows = []
-    for record in [*measured("tour"), *measured("score")]:
+    tour, score = measured("tour"), measured("score")
+    for record in [*tour, *score] if tour and score else []:
         metrics, timing = record["metrics"], record["timing"]
         if not record["family"].startswith("score/") or "asked_accuracy" in metrics:
             continue
