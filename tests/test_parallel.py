@@ -248,6 +248,7 @@ def running(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("end", ["a rank", "the launcher"])
 def test_whichever_process_is_killed_all_end(end: str, project: Path) -> None:

@@ -81,6 +81,7 @@ print(len(grids), model.predict(pandas.DataFrame({"seed": [1, 2]})).shape)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("passing")
 def test_a_store_can_be_moved(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     registered()

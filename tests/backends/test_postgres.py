@@ -17,6 +17,7 @@ from tests.pipelines.conftest import ran, toy  # noqa: F401 (a fixture)
 from tests.servers import prefect_server
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a quarter of a minute on two idle cores
 def test_a_run_and_its_tasks_are_kept_on_postgresql(postgres: Callable[[str], str], toy: Path):  # noqa: F811
     params = read_yaml("params.yaml", "")

@@ -13,7 +13,7 @@ import pytest
 from tests.backends import servers
 from tests.backends.conftest import MODEL, Trained, call
 
-pytestmark = pytest.mark.timeout(900)  # servers and trainings: a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # servers and trainings: a minute on two idle cores
 
 # Somebody who wants a model: the tracking server's address is all that they know.
 CONSUMER = f"""

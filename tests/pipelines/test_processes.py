@@ -33,7 +33,7 @@ def wait_until(holds: Callable[[], object], seconds: float) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_ends_every_process_within_5_s(
     toy: Path, monkeypatch: pytest.MonkeyPatch, prefect: None, number: signal.Signals
 ) -> None:

@@ -37,7 +37,10 @@ PARAMS = {
     },
 }
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in /proc"),
+]
 
 
 @pytest.fixture(scope="module")
