@@ -27,8 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what ru
 ROOT = Path(__file__).parents[1]
 # Files of few tests that take long: a worker that came to one of them last would go on for a minute alone.
 LONG = (
+    "pipelines/test_run",
+    "test_parallel",  # beside it, as it needs no Prefect: the database of that takes a while to make
     "pipelines/test_",
-    "test_parallel",
     "test_store",
     "test_ui",
     "registry/test_",

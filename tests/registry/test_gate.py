@@ -298,6 +298,7 @@ def trained(steps: int) -> None:
     (folder / "model.json").write_text(json.dumps(about | {"spec": data.spec.to_json(), "steps": steps}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # half a minute where nothing else runs
 def test_the_whole_gate_with_nothing_left_out(workspace: Path, real: Path) -> None:
     (workspace / "data").symlink_to(real)
