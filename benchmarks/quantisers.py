@@ -11,6 +11,7 @@ fashion-mnist`; one thread, four minutes each.
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def measured(changes: dict[str, Any], params: config.Params, data: Dataset, judg
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     params = config.load()
     data = open_dataset(params.model(AUTOENCODER).dataset)
     judge = open_reference(data, Path("data/judge") / data.folder.name).judge
